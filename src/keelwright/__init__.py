@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""keelwright keeps a machine-learned model safe while it is being changed.
+
+The Python API is the command line's verbs: `import keelwright as kw; kw.heal(aligned, tuned, out="fixed")`.
+Names resolve on first use, so that importing the package loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from keelwright.heal.demo import demo
+    from keelwright.heal.loop import heal
+    from keelwright.measure.audit import audit
+    from keelwright.measure.compare import compare
+    from keelwright.repair.materialise import repair
+
+_PUBLIC = {
+    "audit": "keelwright.measure.audit",
+    "compare": "keelwright.measure.compare",
+    "demo": "keelwright.heal.demo",
+    "heal": "keelwright.heal.loop",
+    "repair": "keelwright.repair.materialise",
+}
+
+__all__ = ["__version__", "audit", "compare", "demo", "heal", "repair"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'keelwright' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contracts between rooms: small enough to read before breakfast."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from keelwright.core.records import Generation, Item, Judgement, Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Reach(Enum):
+    """How much of a tensor an edit needs to see at once."""
+
+    COPY = "copy"
+    """Bytes move unchanged from the role that `copies` names."""
+    POINTWISE = "pointwise"
+    """Any chunk, on its own."""
+    REDUCED = "reduced"
+    """Any chunk, once the sums of `reduce` over the whole tensor are known."""
+    MATRIX = "matrix"
+    """The whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor's name, dtype and shape as a header gives them; no values."""
+
+    name: str
+    dtype: str
+    """safetensors spelling: F32, BF16, F16, F64, I64, ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read in parts: a checkpoint, a checkpoint with adapters, or a live module."""
+
+    def entries(self) -> Mapping[str, TensorEntry]: ...
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements `start:stop` of the flattened tensor: a fresh 1-D tensor.
+
+        In the stored dtype, except where an adapter adds to the tensor: then in float32, not rounded.
+        """
+
+    def describe(self) -> str:
+        """Return the user's own words for the source, for error texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The same run of elements of one tensor, from every role that an edit reads."""
+
+    tensors: Mapping[str, Tensor]
+    """By role; each 1-D, except for Reach.MATRIX, where each has the tensor's own shape."""
+    offset: int
+    """Index of the first element in the flattened tensor; keys counter-based random numbers."""
+    entry: TensorEntry
+    """The tensor in the output: name, dtype, whole shape."""
+
+
+Stats = Mapping[str, float]
+"""Additive statistics of a tensor; sums over chunks."""
+
+
+class WeightEdit(Protocol):
+    """Turns named tensors of one or more models into an edited tensor; the engine decides how they stream."""
+
+    def roles(self) -> tuple[str, ...]:
+        """Models it needs, e.g. `("aligned", "tuned")`. The last one lays out the output (names, dtypes, files)."""
+
+    def reach(self, name: str) -> Reach: ...
+
+    def copies(self, name: str) -> str:
+        """Only for COPY: the role whose bytes are taken."""
+
+    def reduce(self, name: str, chunk: Chunk) -> Stats:
+        """Only for REDUCED: additive statistics of one chunk; the engine sums them over the tensor."""
+
+    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
+        """New values of the chunk, evaluated in float32; the engine rounds once to the output dtype."""
+
+
+class Judge(Protocol):
+    """Gives an answer its response class."""
+
+    judge_id: str
+
+    def judge(self, item: Item, generation: Generation) -> Judgement: ...
+
+
+class Suite(Protocol):
+    """Items and the judge that knows them."""
+
+    name: str
+    knows_harm: bool
+    """Whether the judge can tell a harmful answer from a harmless one; if not, only refusals are counted."""
+    says: str
+    """One sentence: what the suite's rates are, and what they are not."""
+    max_new_tokens: int
+
+    def items(self) -> Sequence[Item]: ...
+
+    def judge(self) -> Judge: ...
+
+
+class RecordSink(Protocol):
+    """Where records go as they are made. The run folder implements it; a list does in tests."""
+
+    def append(self, record: Record) -> None: ...
+
+    def find(self, model_id: str, item_ids: Collection[str]) -> Sequence[Record]:
+        """Return the records already there for that model and those items, in no particular order."""
+
+
+class Progress(Protocol):
+    """Tells the person what is going on. Silent by default; the command line draws it."""
+
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
+        """Begin a stage of `total` units (None: unknown); ends the one before."""
+
+    def advance(self, count: int = 1) -> None:
+        """Report `count` finished units of the current stage."""
+
+    def note(self, text: str) -> None:
+        """Say something worth reading: one line."""
+
+
+class Silent:
+    """A `Progress` that says nothing."""
+
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
+        """Do nothing."""
+
+    def advance(self, count: int = 1) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""

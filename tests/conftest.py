@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of every test: offline, one torch thread, shapes checked at run time."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["keelwright.ops", "keelwright.repair", "keelwright.weights"], "beartype.beartype")
+
+import torch
+
+torch.set_num_threads(1)
