@@ -150,3 +150,13 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """Where `heal` looks for an edit's coefficient; a repair class offers one as `search_space`."""
+
+    neutral: float
+    """The coefficient that leaves the tuned model unchanged; the change grows with the distance from it."""
+    grid: tuple[float, ...]
+    """Tried first, all of them."""

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees: plan, progress and notes on stderr, the result on stdout, errors with what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from keelwright.core.errors import ExitCode, KeelwrightError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+
+@contextlib.contextmanager
+def errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
+    """Print a `KeelwrightError` and leave with its exit code; leave with 130 on Ctrl-C."""
+    try:
+        yield
+    except KeelwrightError as error:
+        if as_json:
+            print_json({"schema": 1, "error": _error_document(error)})
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(int(error.exit_code)) from None
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. Nothing is lost: the same command on the same run folder resumes.", err=True)
+        raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
+
+
+def _error_document(error: KeelwrightError) -> dict[str, Any]:
+    fields = ("problem", "expected", "found", "fix")
+    return {
+        "type": type(error).__name__,
+        "exit_code": int(error.exit_code),
+        **{name: getattr(error, name) for name in fields},
+    }
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document on stdout."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def stderr_console(*, quiet: bool = False) -> Console:
+    """Return a rich console on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def stdout_console() -> Console:
+    """Return a rich console on stdout, at least 100 columns wide when not on a terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    return Console(highlight=False, width=width)
+
+
+def print_plan(title: str, rows: Sequence[tuple[str, str]], *, quiet: bool) -> None:
+    """Print what is about to happen, before any model is loaded."""
+    if quiet:
+        return
+    console = stderr_console()
+    console.print(f"[bold]{title}[/]")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"  {name:<{width}}  {value}", markup=False, soft_wrap=True)
+    console.print()
+
+
+class ScreenProgress:
+    """Draws stages on stderr: a live bar with rate and time left on a terminal, one line per stage elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = stderr_console(quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
+        self._bar: Any = None
+        self._task: TaskID | None = None
+        self._title = ""
+        self._unit = ""
+        self._done = 0
+        self._start = 0.0
+
+    def __enter__(self) -> ScreenProgress:
+        if self._live:
+            from rich import progress as bars
+
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(bar_width=24),
+                bars.MofNCompleteColumn(),
+                bars.TextColumn("{task.fields[rate]}"),
+                bars.TimeRemainingColumn(compact=True),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_stage()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
+        """Begin a stage; the one before is closed with its count and seconds."""
+        self._close_stage()
+        self._title, self._unit, self._done, self._start = title, unit, 0, time.perf_counter()
+        if self._bar is not None:
+            self._task = self._bar.add_task(title, total=total, rate="")
+
+    def advance(self, count: int = 1) -> None:
+        """Count finished units."""
+        self._done += count
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=count, rate=self._rate())
+
+    def note(self, text: str) -> None:
+        """Print one line that stays."""
+        self._console.print(f"  {text}", markup=False, soft_wrap=True)
+
+    def _rate(self) -> str:
+        seconds = time.perf_counter() - self._start
+        return f"{self._done / seconds:,.0f} {self._unit}/s" if self._unit and seconds > 0 else ""
+
+    def _close_stage(self) -> None:
+        if not self._title:
+            return
+        seconds = time.perf_counter() - self._start
+        count = f"{self._done:,} {self._unit}, " if self._done and self._unit else ""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+        self._console.print(f"  {self._title}  ({count}{seconds:.1f} s)", markup=False, soft_wrap=True)
+        self._title = ""
+
+
+def percent(estimate: Mapping[str, Any] | None) -> str:
+    """Return `64.0 % [58.1, 69.5]`, or `not measured`."""
+    if estimate is None:
+        return "not measured"
+    value, low, high = (100 * float(estimate[key]) for key in ("value", "low", "high"))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+METRIC_NAMES = {
+    "harm_rate": "harm rate (lower is better)",
+    "refusal_rate": "refusals of harmful requests",
+    "over_refusal": "over-refusal of look-alikes",
+    "answer_rate": "ordinary requests answered",
+    "incoherent": "incoherent answers",
+    "utility": "utility",
+}
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, Any] | None]) -> Any:
+    """Return a rich table: one column per model, one row per metric, each with its interval."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for metric, words in METRIC_NAMES.items():
+        cells = [percent(column[metric]) if column else "-" for column in columns.values()]
+        if any(cell not in ("-", "not measured") for cell in cells):
+            table.add_row(words, *cells)
+    return table
