@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: plain files that can be read, resumed and rendered again without torch.
+
+run.json        command, resolved config, versions, seed, input digests, machine; written before work starts
+records.jsonl   one record a line, as they are made
+notes.json      small results of finished stages, so that a resumed run does not measure them again
+summary.json    the result; a run without it is unfinished
+report.html     the page, rendered from the three files above
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from keelwright.core.errors import DataError, StorageError
+from keelwright.core.files import require_new_folder, storage_errors, write_atomic
+from keelwright.core.records import Record, record_from_json
+from keelwright.runs.machine import machine, versions
+
+_MUST_MATCH = ("command", "config", "seed", "inputs")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What is written to `run.json` before work starts; equal specs resume each other."""
+
+    command: str
+    argv: tuple[str, ...]
+    config: Mapping[str, Any]
+    seed: int
+    inputs: Mapping[str, Mapping[str, str]]
+    """Per role: what the user called it (`ref`) and its content digest (`digest`)."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return `run.json` as of now."""
+        return {
+            "schema": 1,
+            "command": self.command,
+            "argv": list(self.argv),
+            "config": dict(self.config),
+            "versions": versions(),
+            "seed": self.seed,
+            "inputs": {role: dict(value) for role, value in self.inputs.items()},
+            "machine": machine(),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+def default_run_folder(command: str) -> Path:
+    """Return `runs/<time>-<verb>`, a name that is free now."""
+    stamp = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    first = Path("runs") / f"{stamp}-{command}"
+    path, count = first, 2
+    while path.exists():
+        path = first.with_name(f"{first.name}-{count}")
+        count += 1
+    return path
+
+
+class RunFolder:
+    """A run being made: a context manager that locks the folder, and the `RecordSink` of its records."""
+
+    def __init__(self, path: Path, *, resumed: bool) -> None:
+        self.path = path
+        self.resumed = resumed
+        self._records: dict[tuple[str, str], Record] = {}
+        self._stream: IO[str] | None = None
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(cls, path: Path, spec: RunSpec) -> Self:
+        """Begin the run in `path`, or resume it when the same command was started there with the same inputs.
+
+        Args:
+            path: The run folder; made when it does not exist.
+            spec: The run to begin.
+
+        Raises:
+            StorageError: The folder holds something else, another run, or is in use, or cannot be written.
+        """
+        known = path / "run.json"
+        if known.is_file():
+            _require_same(path, json.loads(known.read_text(encoding="utf-8")), spec)
+            return cls(path, resumed=True)
+        require_new_folder(path, flag="--run")
+        write_atomic(known, json.dumps(spec.to_mapping(), indent=2, ensure_ascii=False) + "\n")
+        return cls(path, resumed=False)
+
+    def __enter__(self) -> Self:
+        with storage_errors(self.path):
+            self._lock = _take_lock(self.path / ".lock")
+            kept = _read_records(self.path / "records.jsonl", mend=True)
+            self._records = {record.key: record for record in kept}
+            self._stream = (self.path / "records.jsonl").open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in (self._stream, self._lock):
+            if stream is not None:
+                stream.close()
+        self._stream = self._lock = None
+
+    def append(self, record: Record) -> None:
+        """Add one record; it is on its way to the disk before this returns."""
+        if self._stream is None:
+            raise RuntimeError("a run folder takes records only inside its `with` block")
+        with storage_errors(self.path):
+            self._stream.write(record.to_json() + "\n")
+            self._stream.flush()
+        self._records[record.key] = record
+
+    def find(self, model_id: str, item_ids: Collection[str]) -> Sequence[Record]:
+        """Return the records of that model for those items that are already there."""
+        keys = ((model_id, item_id) for item_id in item_ids)
+        return [self._records[key] for key in keys if key in self._records]
+
+    def records(self) -> list[Record]:
+        """Return every record of the run, in the order in which they were made."""
+        return list(self._records.values())
+
+    def remember(self, name: str, value: object) -> None:
+        """Keep a small JSON value for a resumed run."""
+        write_atomic(self.path / "notes.json", json.dumps({**self._notes(), name: value}, indent=1))
+
+    def recall(self, name: str) -> Any:
+        """Return what `remember` kept under `name`, or None."""
+        return self._notes().get(name)
+
+    def _notes(self) -> dict[str, Any]:
+        path = self.path / "notes.json"
+        notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return notes
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`: from now on the run is done."""
+        write_atomic(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRun:
+    """A run folder as it lies on the disk."""
+
+    path: Path
+    run: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+    """None while the run is unfinished."""
+
+    def records(self) -> list[Record]:
+        """Read every whole record; a line cut off by a crash is left out."""
+        return _read_records(self.path / "records.jsonl", mend=False)
+
+
+def read_run(path: Path) -> ReadRun:
+    """Read a run folder without changing it.
+
+    Raises:
+        DataError: The folder is no run folder, or one of its files is damaged.
+    """
+    if not (path / "run.json").is_file():
+        raise DataError(
+            f"'{path}' is not a run folder.",
+            expected="a folder with a run.json, as every keelwright command writes it",
+            found="no run.json" if path.is_dir() else "no such folder",
+            fix="see `keelwright runs ls` for the runs that are there",
+        )
+    run = _read_json(path / "run.json")
+    summary = _read_json(path / "summary.json") if (path / "summary.json").is_file() else None
+    return ReadRun(path, run, summary)
+
+
+def list_runs(folder: Path) -> list[ReadRun]:
+    """Return the runs directly inside `folder`, oldest first; damaged ones raise."""
+    found = [read_run(file.parent) for file in sorted(folder.glob("*/run.json"))]
+    return sorted(found, key=lambda one: str(one.run.get("started", "")))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"'{path}' is damaged.",
+            expected="a JSON document",
+            found=str(error),
+            fix="delete the run folder and run the command again",
+        ) from error
+    return value
+
+
+def _read_records(path: Path, *, mend: bool) -> list[Record]:
+    """Read whole lines; with `mend`, also cut a last line that a crash left unfinished."""
+    if not path.is_file():
+        return []
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if mend and len(whole) < len(raw):
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole))
+    lines = whole.decode("utf-8").split("\n")[:-1]  # not splitlines: an answer may hold U+2028
+    return [record_from_json(line, where=f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _require_same(path: Path, known: Mapping[str, Any], spec: RunSpec) -> None:
+    now = json.loads(json.dumps(spec.to_mapping()))
+    for field in _MUST_MATCH:
+        if known.get(field) != now[field]:
+            before, after = _differing(known.get(field), now[field])
+            raise StorageError(
+                f"The run folder '{path}' holds another run.",
+                expected=f"the same {field} as when it was started: {_short(before)}",
+                found=_short(after),
+                fix="give --run another path, or repeat the command as it was started",
+            )
+
+
+def _differing(before: object, after: object) -> tuple[object, object]:
+    """Keep only the entries that differ, when both are mappings."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return before, after
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return {key: before.get(key) for key in keys}, {key: after.get(key) for key in keys}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _take_lock(path: Path) -> IO[str]:
+    stream = path.open("w")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.close()
+            raise StorageError(
+                f"The run folder '{path.parent}' is in use.",
+                expected="one process per run folder",
+                found="another keelwright process that holds its lock",
+                fix="wait for it to end, or give --run another path",
+            ) from error
+    return stream
+
+
+@contextlib.contextmanager
+def stopwatch(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of the block to `seconds[stage]`."""
+    import time
+
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
