@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keelwright compare RUN_A RUN_B`: the paired change between two audits of the same items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keelwright.cli.options import Json
+from keelwright.cli.screen import errors_as_exit_codes, print_json, stdout_console
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Run folder of the audit before.")],
+    run_b: Annotated[Path, typer.Argument(help="Run folder of the audit after.")],
+    as_json: Json = False,
+) -> None:
+    """Print the paired change B - A per metric, with interval, exact test and what could have been detected."""
+    with errors_as_exit_codes(as_json=as_json):
+        from keelwright.heal.compare import compare as run_compare
+
+        summary = run_compare(run_a, run_b)
+    if as_json:
+        print_json(summary)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("metric", "change", "95 % interval", "p", "p (Holm)", "items"):
+        table.add_column(title, justify="left" if title == "metric" else "right", no_wrap=True)
+    for change in summary["changes"]:
+        interval = f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+        table.add_row(
+            change["metric"].replace("_", " "),
+            f"{100 * change['difference']:+.1f} points",
+            interval,
+            f"{change['p_value']:.3g}",
+            f"{change['p_holm']:.3g}",
+            str(change["n"]),
+        )
+    console = stdout_console()
+    console.print(table)
+    for line in summary["says"]:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`keelwright heal`: measure the loss, try repairs, verify one, write it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from keelwright.cli.options import BatchSize, Device, Json, Limit, Offline, Quiet, Run, Seed, Suite, Utility
+from keelwright.cli.screen import (
+    ScreenProgress,
+    errors_as_exit_codes,
+    metrics_table,
+    print_json,
+    stdout_console,
+)
+from keelwright.core.errors import ExitCode
+
+EXIT_CODES = {
+    "repaired": ExitCode.DONE,
+    "no_evidence_of_loss": ExitCode.DONE,
+    "no_admissible_repair": ExitCode.NOT_REPAIRED,
+    "repair_not_verified": ExitCode.NOT_REPAIRED,
+}
+
+
+def heal(
+    aligned: Annotated[str, typer.Argument(help="Where safety was good: hub id[@revision], folder, lab:NAME.")],
+    tuned: Annotated[str, typer.Argument(help="What came of it: the same forms, or FOLDER+ADAPTER.")],
+    out: Annotated[Path, typer.Option(help="Where the repaired model goes.")],
+    methods: Annotated[str, typer.Option(help="Repairs to try, separated by commas; default: all that can run.")] = "",
+    utility: Utility = None,
+    no_utility: Annotated[
+        bool, typer.Option("--no-utility", help="Choose by safety and size of change alone.")
+    ] = False,
+    unaligned: Annotated[str | None, typer.Option(help="A model whose refusals were tuned away, for resta.")] = None,
+    unalign_with: Annotated[
+        Path | None, typer.Option(help="Chat rows to un-align a copy with, in memory; it is never saved.")
+    ] = None,
+    suite: Suite = "auto",
+    limit: Limit = None,
+    utility_floor: Annotated[float, typer.Option(help="Utility to keep, as a share of the tuned model's.")] = 0.95,
+    slack: Annotated[float, typer.Option(help="Room for answer rate, over-refusal and incoherent share.")] = 0.05,
+    batch_size: BatchSize = 64,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest output file, GB.")] = 5.0,
+    allow_template_change: Annotated[
+        bool, typer.Option("--allow-template-change", help="Go on although the chat templates differ.")
+    ] = False,
+    run: Run = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what tuning cost, get the safety back, verify it, and write the repaired model and a report.
+
+    Exit codes: 0 repaired, or no evidence of a loss (nothing is written); 5 no repair admissible or verified (nothing
+    is written); 2 and 3 for bad input and for what the machine lacks.
+    """
+    with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
+        from keelwright.heal.loop import heal as run_heal
+
+        summary = run_heal(
+            aligned,
+            tuned,
+            out=out,
+            run=run,
+            progress=progress,
+            methods=tuple(name for name in methods.replace(" ", "").split(",") if name),
+            utility=utility,
+            no_utility=no_utility,
+            unaligned=unaligned,
+            unalign_with=str(unalign_with) if unalign_with else None,
+            suite=suite,
+            limit=limit,
+            utility_floor=utility_floor,
+            slack=slack,
+            batch_size=batch_size,
+            max_shard_gb=max_shard_gb,
+            allow_template_change=allow_template_change,
+            seed=seed,
+            device=device,
+            offline=offline,
+        )
+    show_summary(summary, as_json=as_json)
+    raise typer.Exit(int(EXIT_CODES[summary["verdict"]]))
+
+
+def show_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the result of `heal` or `demo` on stdout: the JSON contract, or verdict, table and places."""
+    if as_json:
+        print_json(summary)
+        return
+    console = stdout_console()
+    console.print(f"[bold]{summary['sentence']}[/]\n", soft_wrap=True)
+    console.print(metrics_table(summary["models"]))
+    for failed in (limit for limit in summary["limits"] if not limit["held"]):
+        console.print(f"failed on the {failed['half']} half: {failed['text']}", markup=False)
+    for name, place in (("model", summary.get("out")), ("report", f"{summary['run']}/report.html")):
+        if place:
+            console.print(f"{name:<7} {place}", markup=False, soft_wrap=True)
