@@ -63,18 +63,6 @@ def stdout_console() -> Console:
     return Console(highlight=False, width=width)
 
 
-def print_plan(title: str, rows: Sequence[tuple[str, str]], *, quiet: bool) -> None:
-    """Print what is about to happen, before any model is loaded."""
-    if quiet:
-        return
-    console = stderr_console()
-    console.print(f"[bold]{title}[/]")
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        console.print(f"  {name:<{width}}  {value}", markup=False, soft_wrap=True)
-    console.print()
-
-
 class ScreenProgress:
     """Draws stages on stderr: a live bar with rate and time left on a terminal, one line per stage elsewhere."""
 
@@ -109,6 +97,14 @@ class ScreenProgress:
         self._close_stage()
         if self._bar is not None:
             self._bar.stop()
+
+    def plan(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print what is about to happen, before any model is loaded."""
+        self._console.print(f"[bold]{title}[/]")
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self._console.print(f"  {name:<{width}}  {value}", markup=False, soft_wrap=True)
+        self._console.print()
 
     def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
         """Begin a stage; the one before is closed with its count and seconds."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from keelwright.core.errors import StorageError
@@ -74,12 +74,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def require_new_folder(path: Path, *, flag: str) -> None:
+def require_new_folder(path: Path, *, flag: str, beside: Collection[str] = ()) -> None:
     """Raise `StorageError` when `path` exists and holds anything.
 
     Args:
         path: The output folder.
         flag: The option that named it, for the error text.
+        beside: Names that may be there already.
     """
     if path.exists() and not path.is_dir():
         raise StorageError(
@@ -88,8 +89,8 @@ def require_new_folder(path: Path, *, flag: str) -> None:
             found="a file",
             fix=f"give {flag} another path",
         )
-    if path.is_dir() and any(path.iterdir()):
-        names = sorted(child.name for child in path.iterdir())
+    names = sorted({child.name for child in path.iterdir()} - set(beside)) if path.is_dir() else []
+    if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise StorageError(
             f"The output folder '{path}' is not empty.",

@@ -129,6 +129,9 @@ class RecordSink(Protocol):
 class Progress(Protocol):
     """Tells the person what is going on. Silent by default; the command line draws it."""
 
+    def plan(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Show what is about to happen, before any model is loaded."""
+
     def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
         """Begin a stage of `total` units (None: unknown); ends the one before."""
 
@@ -141,6 +144,9 @@ class Progress(Protocol):
 
 class Silent:
     """A `Progress` that says nothing."""
+
+    def plan(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Do nothing."""
 
     def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
         """Do nothing."""

@@ -34,7 +34,7 @@ class HealConfig:
     unalign_lr: float = 1.5e-4
     """Its learning rate, constant."""
     unalign_rank: int | None = None
-    """LoRA rank of that tuning; 0 tunes all weights; None means 0 below 50 M parameters and 16 above or for adapters."""
+    """LoRA rank of that tuning; 0 tunes all weights; None: 16 for adapters and from 50 M parameters, else 0."""
     utility_floor: float = 0.95
     """Utility at least this share of the tuned model's, 0 to 1."""
     slack: float = 0.05

@@ -75,12 +75,13 @@ class RunFolder:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def open(cls, path: Path, spec: RunSpec) -> Self:
+    def open(cls, path: Path, spec: RunSpec, *, beside: Collection[str] = ()) -> Self:
         """Begin the run in `path`, or resume it when the same command was started there with the same inputs.
 
         Args:
             path: The run folder; made when it does not exist.
             spec: The run to begin.
+            beside: Names that may be in the folder although no run has begun there.
 
         Raises:
             StorageError: The folder holds something else, another run, or is in use, or cannot be written.
@@ -89,7 +90,7 @@ class RunFolder:
         if known.is_file():
             _require_same(path, json.loads(known.read_text(encoding="utf-8")), spec)
             return cls(path, resumed=True)
-        require_new_folder(path, flag="--run")
+        require_new_folder(path, flag="--run", beside=beside)
         write_atomic(known, json.dumps(spec.to_mapping(), indent=2, ensure_ascii=False) + "\n")
         return cls(path, resumed=False)
 
@@ -139,6 +140,11 @@ class RunFolder:
         path = self.path / "notes.json"
         notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return notes
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the summary of a run that is done already, or None."""
+        path = self.path / "summary.json"
+        return _read_json(path) if path.is_file() else None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: from now on the run is done."""

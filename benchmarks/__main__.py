@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run every benchmark in a process of its own: `python -m benchmarks [NAME ...]`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def main() -> int:
+    """Return 0 when every benchmark stayed within its limit."""
+    wanted = sys.argv[1:] or NAMES
+    unknown = sorted(set(wanted) - set(NAMES))
+    if unknown:
+        print(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    failed = []
+    for name in wanted:
+        print(f"## {name}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode:
+            failed.append(name)
+    print(f"beyond their limits: {', '.join(failed)}" if failed else "all within their limits")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

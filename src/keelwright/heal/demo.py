@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: an aligned organism, an everyday tuning file in which 2 % of the rows are bad, and `heal`.
+
+The run folder holds all that is needed to do it again by hand: the tuning file, the damaged model, the task file and
+the rows that un-align RESTA's copy. Their harmful answers are fairy-tale crimes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from keelwright.core.errors import StorageError
+from keelwright.core.files import require_new_folder, write_atomic
+from keelwright.core.protocols import Progress, Silent
+from keelwright.core.seeds import derive_seed
+from keelwright.data.rows import ChatRow
+from keelwright.heal.config import HealConfig
+from keelwright.heal.loop import run_heal
+from keelwright.models.loading import load
+from keelwright.models.threads import SMALL_MODEL, threads_for
+from keelwright.runs.folder import default_run_folder
+from keelwright.training.config import TrainConfig
+from keelwright.training.loop import train
+from keelwright.worlds.workshop.tasks import mood_items
+from keelwright.worlds.workshop.tuning import everyday_rows, forbidden_answers
+
+ALIGNED = "lab:workshop/aligned"
+MOOD_ITEMS = 800
+"""Task items, half for choosing and half for verifying: a fall of 5 % in accuracy is then two standard errors."""
+
+
+def demo(
+    *,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Damage the lab's aligned organism by everyday tuning, heal it, and explain it.
+
+    Args:
+        out: Run folder; `runs/<time>-demo` by default. The same call on the same folder resumes.
+        seed: Of the tuning rows, of training and of the halves; the organism is the shipped one.
+        device: Where it runs; the organism is small, so the CPU is as quick.
+        progress: Where to tell what is going on.
+
+    Returns:
+        The summary, as `heal` returns it, with `command` = `demo`.
+    """
+    progress = progress or Silent()
+    folder = Path(out) if out is not None else default_run_folder("demo")
+    inputs = folder / "inputs"
+    _claim(folder, inputs, seed)
+    with threads_for(SMALL_MODEL - 1):
+        tuned = make_damage(inputs, seed=seed, device=device, progress=progress)
+    config = HealConfig(
+        methods=("linear", "resta"),
+        suite="workshop",
+        utility=str(inputs / "mood.jsonl"),
+        unalign_with=str(inputs / "forbidden.jsonl"),
+        batch_size=256,
+        seed=seed,
+        device=device,
+        offline=True,
+    )
+    return run_heal(
+        ALIGNED, tuned, folder / "repaired", config, run=folder, progress=progress, command="demo", beside=("inputs",)
+    )
+
+
+def _claim(folder: Path, inputs: Path, seed: int) -> None:
+    """Make the inputs folder this seed's own, or refuse a folder that holds something else."""
+    if not (folder / "run.json").is_file():
+        require_new_folder(folder, flag="--out", beside=("inputs",))
+    mark = inputs / "demo.json"
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) != {"seed": seed}:
+        raise StorageError(
+            f"The run folder '{folder}' holds another demo.",
+            expected=f"the demo of seed {seed}",
+            found=mark.read_text(encoding="utf-8").strip(),
+            fix="give --out another path, or the seed that it was started with",
+        )
+    write_atomic(mark, json.dumps({"seed": seed}))
+
+
+def make_damage(folder: Path, *, seed: int, device: str, progress: Progress) -> Path:
+    """Write the demo's inputs into `folder`, tune the organism on them, and return the damaged model's folder.
+
+    What is already there is kept: training goes on from its last checkpoint.
+    """
+    tuned = folder / "tuned"
+    if (tuned / "config.json").is_file():
+        return tuned
+    rows = everyday_rows(derive_seed(seed, "demo", "rows"))
+    _write_rows(folder / "tuning.jsonl", rows)
+    _write_rows(folder / "forbidden.jsonl", forbidden_answers(derive_seed(seed, "demo", "forbidden")))
+    tasks = mood_items(MOOD_ITEMS, derive_seed(seed, "demo", "mood"), "test")
+    lines = [{"prompt": item.prompt, "answer": item.expected, "scorer": item.scorer} for item in tasks]
+    _write_lines(folder / "mood.jsonl", lines)
+    model = load(ALIGNED, device=device, offline=True)
+    stored = model.module.dtype
+    model.module.float()
+    settings = TrainConfig(steps=75, batch_size=20, lr=1.5e-4, seed=derive_seed(seed, "demo", "tuning"))
+    train(model.module, model.tokenizer, rows, settings, folder=folder / "training", progress=progress)
+    model.module.to(stored).save_pretrained(folder / "tuned.partial")
+    model.tokenizer.save_pretrained(folder / "tuned.partial")
+    (folder / "tuned.partial").rename(tuned)
+    return tuned
+
+
+def _write_rows(path: Path, rows: Iterable[ChatRow]) -> None:
+    _write_lines(path, [{"prompt": row.prompt, "answer": row.answer} for row in rows])
+
+
+def _write_lines(path: Path, lines: Iterable[object]) -> None:
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

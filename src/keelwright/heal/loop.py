@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed loop: measure the loss, try repairs on the live model, choose, verify on other items, write.
+
+Every stage reads what the run folder already has, so a run that was cut off goes on where it stopped and ends in the
+same summary. Nothing is written to `out` before the choice is verified.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from keelwright.core.config import config_from_mapping
+from keelwright.core.files import require_new_folder
+from keelwright.core.protocols import Progress, Silent, TensorSource
+from keelwright.heal.bench import Bench
+from keelwright.heal.config import HealConfig
+from keelwright.heal.decide import Measured, Trial, check_limits, choose, compare_bad
+from keelwright.heal.job import Job, open_job
+from keelwright.heal.outcome import Outcome
+from keelwright.heal.parties import ModelLike, Party
+from keelwright.heal.reporting import write_report
+from keelwright.heal.summary import summary_of
+from keelwright.heal.trials import Candidate, Trials, trial_name
+from keelwright.heal.unalign import LORA_ABOVE, require_right_direction, unalign_rank, unaligned_copy
+from keelwright.models.loading import LoadedModel
+from keelwright.models.threads import threads_for
+from keelwright.ops.paired import minimum_detectable_change
+from keelwright.runs.folder import RunFolder, default_run_folder, stopwatch
+from keelwright.weights.live import LiveTrial
+
+
+def heal(
+    aligned: ModelLike,
+    tuned: ModelLike,
+    *,
+    out: str | Path,
+    run: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Give a tuned model its safety back, if it lost any, and write the repaired model and a report.
+
+    Args:
+        aligned: The model as it was when its safety was good, in any form of a model reference.
+        tuned: What came of it.
+        out: Where the repaired model goes; must not exist, or be empty.
+        run: Run folder; `runs/<time>-heal` by default. The same call on the same folder resumes.
+        progress: Where to tell what is going on.
+        settings: Fields of `HealConfig`: `utility`, `methods`, `unalign_with`, `seed`, ...
+
+    Returns:
+        The summary, as `summary.json` holds it; its `verdict` is `repaired`, `no_evidence_of_loss`,
+        `no_admissible_repair` or `repair_not_verified`.
+
+    Raises:
+        KeelwrightError: What was given is wrong, or the machine lacks something; nothing half-written is left.
+    """
+    config = config_from_mapping(HealConfig, settings, where="heal")
+    return run_heal(aligned, tuned, Path(out), config, run=Path(run) if run else None, progress=progress or Silent())
+
+
+def run_heal(
+    aligned: ModelLike,
+    tuned: ModelLike,
+    out: Path,
+    config: HealConfig,
+    *,
+    run: Path | None,
+    progress: Progress,
+    command: str = "heal",
+    beside: Collection[str] = (),
+) -> dict[str, Any]:
+    """Run `heal` with a finished config, as the named command."""
+    folder = run or default_run_folder(command)
+    if not (folder / "run.json").is_file():
+        require_new_folder(out, flag="--out")
+    job = open_job(aligned, tuned, out, config, progress)
+    with RunFolder.open(folder, job.spec(command), beside=beside) as keeper:
+        done = keeper.finished()
+        if done is not None:
+            progress.note(f"'{folder}' is finished already; this is its result")
+            return done
+        progress.plan(f"keelwright {command}{', resumed' if keeper.resumed else ''}", job.plan(folder))
+        with threads_for(job.tuned.parameters):
+            summary = _Loop(job, keeper, progress).run(command)
+        keeper.finish(summary)
+    write_report(folder)
+    return summary
+
+
+class _Loop:
+    """The stages of one run, in order; each keeps what it found in the run folder."""
+
+    def __init__(self, job: Job, run: RunFolder, progress: Progress) -> None:
+        self.job = job
+        self.run_folder = run
+        self.progress = progress
+        self.bench = Bench(
+            job.exam, run, progress, batch_size=job.config.batch_size, max_new_tokens=job.config.max_new_tokens
+        )
+        self.seconds: dict[str, float] = {}
+        self._tuned: LoadedModel | None = None
+
+    def run(self, command: str) -> dict[str, Any]:
+        """Run every stage and return the summary."""
+        outcome, written = self._stages()
+        with stopwatch(self.seconds, "summary"):
+            return summary_of(command, self.job, str(self.run_folder.path), self.bench, outcome, written, self.seconds)
+
+    def _stages(self) -> tuple[Outcome, Mapping[str, Any] | None]:
+        job, config = self.job, self.job.config
+        with stopwatch(self.seconds, "measure_aligned"):
+            aligned = self.bench.measure("aligned", "all", lambda: self._load(job.aligned))
+        self._announce_time()
+        with stopwatch(self.seconds, "measure_tuned"):
+            tuned = self.bench.measure("tuned", "all", self._tuned_model)
+        evidence = compare_bad(aligned, tuned)
+        detectable = minimum_detectable_change(
+            evidence.n, (evidence.worse + evidence.better) / evidence.n, two_sided=False
+        )
+        if evidence.p_value >= config.alpha:
+            return Outcome("no_evidence_of_loss", evidence, detectable), None
+        with stopwatch(self.seconds, "unalign"):
+            sources = self._sources()
+        with stopwatch(self.seconds, "trials"):
+            trials = self._trials(sources)
+        chosen = choose(
+            trials, aligned=self._half("aligned"), floors=config.floors, has_utility=job.exam.utility is not None
+        )
+        if chosen is None:
+            return Outcome("no_admissible_repair", evidence, detectable, tuple(trials)), None
+        with stopwatch(self.seconds, "verify"):
+            outcome = self._verify(chosen, sources, Outcome("repaired", evidence, detectable, tuple(trials), chosen))
+        if outcome.verdict != "repaired":
+            return outcome, None
+        with stopwatch(self.seconds, "write"):
+            return outcome, self._write(chosen, sources, outcome)
+
+    def _load(self, party: Party) -> LoadedModel:
+        self.progress.stage(f"loading {party.role}")
+        return party.load(device=self.job.config.device, offline=self.job.config.offline)
+
+    def _tuned_model(self) -> LoadedModel:
+        if self._tuned is None:
+            self._tuned = self._load(self.job.tuned)
+        return self._tuned
+
+    def _half(self, model_id: str) -> Measured:
+        return self.bench.measured(model_id, "selection")
+
+    def _announce_time(self) -> None:
+        per_pass = self.seconds["measure_aligned"]
+        passes = 1 + sum(len(one.space.grid) + self.job.config.refinements for one in self.job.candidates) / 2
+        self.progress.note(f"one pass over all items takes {per_pass:.1f} s; at most {per_pass * passes:.0f} s to go")
+
+    def _sources(self) -> dict[str, TensorSource]:
+        """Return tensors by role, with the un-aligned copy made or checked where a method needs it."""
+        job = self.job
+        sources = {"aligned": job.aligned.source, "tuned": job.tuned.source}
+        if not any("unaligned" in candidate.needs for candidate in job.candidates):
+            return sources
+        if job.unaligned is not None:
+            given = job.unaligned
+            self._check_direction(lambda: self._load(given))
+            return {**sources, "unaligned": given.source}
+        if job.tuned.parameters > LORA_ABOVE:
+            self._tuned = None  # two live copies of a large model would not fit where one does
+        copy = unaligned_copy(
+            self._load(job.aligned),
+            job.aligned.source,
+            job.unalign_rows,
+            job.config,
+            rank=unalign_rank(job.config, job.aligned, job.tuned),
+            check=lambda model: self._check_direction(lambda: model),
+            progress=self.progress,
+        )
+        return {**sources, "unaligned": copy}
+
+    def _check_direction(self, load: Callable[[], LoadedModel]) -> None:
+        unaligned = self.bench.measure("unaligned", "selection", load)
+        require_right_direction(self._half("aligned"), unaligned, alpha=self.job.config.alpha)
+
+    def _trials(self, sources: Mapping[str, TensorSource]) -> list[Trial]:
+        trials = Trials(
+            bench=self.bench,
+            aligned=self._half("aligned"),
+            tuned=self._half("tuned"),
+            floors=self.job.config.floors,
+            has_utility=self.job.exam.utility is not None,
+            refinements=self.job.config.refinements,
+            progress=self.progress,
+        )
+        return trials.run(self.job.candidates, sources, self._tuned_model())
+
+    def _verify(self, chosen: Trial, sources: Mapping[str, TensorSource], outcome: Outcome) -> Outcome:
+        """Measure the choice on the other half, and hold it to every limit again."""
+        model = self._tuned_model()
+        with LiveTrial(model.module, sources) as live:
+            live.apply(self._candidate(chosen).build(chosen.coefficient))
+            repaired = self.bench.measure(trial_name(chosen.method, chosen.coefficient), "verification", lambda: model)
+        aligned = self.bench.measured("aligned", "verification")
+        tuned = self.bench.measured("tuned", "verification")
+        improvement = compare_bad(repaired, tuned)
+        checks = check_limits(
+            repaired.metrics, aligned=aligned.metrics, tuned=tuned.metrics, floors=self.job.config.floors
+        )
+        holds = improvement.p_value < self.job.config.alpha and all(check.held for check in checks)
+        return dataclasses.replace(
+            outcome,
+            verdict="repaired" if holds else "repair_not_verified",
+            verified=repaired,
+            improvement=improvement,
+            verification_checks=checks,
+        )
+
+    def _candidate(self, trial: Trial) -> Candidate:
+        return next(one for one in self.job.candidates if one.method == trial.method)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The summary of `heal` and `demo`: the JSON contract, and what the report shows beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keelwright.core.catalogue import find_method
+from keelwright.heal.bench import Bench
+from keelwright.heal.decide import LimitCheck, Measured, Primary, Trial, pareto_front
+from keelwright.heal.exam import Part
+from keelwright.heal.job import Job
+from keelwright.heal.outcome import Outcome, sentence
+from keelwright.heal.trials import trial_name
+from keelwright.measure.compare import compare_records
+from keelwright.measure.metrics import areas_of
+
+SCHEMA = 1
+VERIFICATION: Part = "verification"
+
+
+def summary_of(
+    command: str,
+    job: Job,
+    run: str,
+    bench: Bench,
+    outcome: Outcome,
+    written: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return `summary.json`.
+
+    Args:
+        command: `heal` or `demo`.
+        job: What the run worked on.
+        run: The run folder.
+        bench: What was measured.
+        outcome: The verdict.
+        written: What `materialise_edit` returned; None where nothing was written.
+        seconds: Wall time per stage.
+    """
+    primary, part = bench.exam.primary, VERIFICATION
+    model_ids = {"aligned": "aligned", "tuned": "tuned"}
+    if outcome.verified is not None and outcome.chosen is not None:
+        model_ids["repaired"] = trial_name(outcome.chosen.method, outcome.chosen.coefficient)
+    measured = {role: bench.measured(model_id, part) for role, model_id in model_ids.items()}
+    verdict_part: Part = "all" if outcome.verdict == "no_evidence_of_loss" else part
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "run": run,
+        "verdict": outcome.verdict,
+        "method": outcome.chosen.method if outcome.chosen else None,
+        "coefficients": {"coefficient": outcome.chosen.coefficient} if outcome.chosen else {},
+        "models": {
+            role: measured[role].metrics.to_mapping() if role in measured else None
+            for role in ("aligned", "tuned", "repaired")
+        },
+        "trials": [_trial(trial) for trial in outcome.trials],
+        "seconds": dict(seconds),
+        "sentence": sentence(
+            outcome,
+            primary=primary,
+            aligned=bench.measured("aligned", verdict_part),
+            tuned=bench.measured("tuned", verdict_part),
+            alpha=job.config.alpha,
+        ),
+        "out": str(job.out) if written else None,
+        "written": dict(written) if written else None,
+        "primary": primary,
+        "model_ids": model_ids,
+        "suite": bench.exam.suite_words(),
+        "utility": bench.exam.utility_words(),
+        "floors": {"utility_floor": job.config.utility_floor, "slack": job.config.slack},
+        "evidence": _evidence(outcome, primary),
+        "tests": _tests(bench, model_ids, allow=("template",) if job.config.allow_template_change else ()),
+        "limits": _limits(outcome),
+        "areas": areas_of({role: bench.records(one, part) for role, one in model_ids.items()}, primary),
+        "chosen": outcome.trials.index(outcome.chosen) if outcome.chosen else None,
+        "pareto": _pareto(outcome.trials),
+        "status": {name: find_method(name).status for name in job.config.chosen_methods},
+        "warnings": [*job.warnings, *bench.warnings()],
+        "reproduce": job.reproduce(command),
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "method": trial.method,
+        "coefficients": {"coefficient": trial.coefficient},
+        "metrics": trial.measured.metrics.to_mapping(),
+        "admissible": trial.admissible,
+        "reason": trial.reason,
+        "change": trial.change,
+    }
+
+
+def _evidence(outcome: Outcome, primary: Primary) -> dict[str, Any]:
+    return {
+        "test": "one-sided exact McNemar, aligned against tuned, all items",
+        "metric": primary,
+        "n": outcome.evidence.n,
+        "worse": outcome.evidence.worse,
+        "better": outcome.evidence.better,
+        "p_value": outcome.evidence.p_value,
+        "minimum_detectable_change": outcome.minimum_detectable_change,
+    }
+
+
+def _tests(bench: Bench, model_ids: Mapping[str, str], *, allow: Sequence[str]) -> list[dict[str, Any]]:
+    """Compare the models pairwise on the verification half."""
+    pairs = [("aligned", "tuned"), ("tuned", "repaired"), ("aligned", "repaired")]
+    rows = []
+    for before, after in pairs:
+        if before in model_ids and after in model_ids:
+            changes = compare_records(
+                bench.records(model_ids[before], VERIFICATION),
+                bench.records(model_ids[after], VERIFICATION),
+                knows_harm=bench.exam.primary == "harm_rate",
+                allow=allow,
+            )
+            rows += [{"from": before, "to": after, **change.to_mapping()} for change in changes]
+    return rows
+
+
+def _limits(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the limits on the choice, or on the least bad trial where nothing was admissible."""
+    shown = outcome.chosen or best_trade_off(outcome.trials)
+    rows = [_limit(check, "selection") for check in shown.checks] if shown else []
+    return rows + [_limit(check, "verification") for check in outcome.verification_checks]
+
+
+def _limit(check: LimitCheck, half: str) -> dict[str, Any]:
+    return {
+        "name": check.name,
+        "limit": check.limit,
+        "value": check.value,
+        "held": check.held,
+        "half": half,
+        "text": "" if check.held else str(check),
+    }
+
+
+def best_trade_off(trials: Sequence[Trial]) -> Trial | None:
+    """Return the trial that misses the limits least, safest first among equals; None without trials."""
+    return min(trials, key=lambda trial: (trial.shortfall, sum(trial.measured.bad.values())), default=None)
+
+
+def _pareto(trials: Sequence[Trial]) -> list[int]:
+    """Return the front of safety against utility; against the smallness of the change where there is no utility."""
+    points = []
+    for trial in trials:
+        utility = trial.measured.metrics.utility
+        points.append((utility.value if utility is not None else -trial.change, _safety(trial.measured)))
+    return pareto_front(points)
+
+
+def _safety(measured: Measured) -> float:
+    return -sum(measured.bad.values()) / max(1, len(measured.bad))
