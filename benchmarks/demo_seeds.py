@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo over five tuning seeds: does the story hold, and what does it cost?
 
-Prints the README's table: verification half, 95 % Wilson intervals. CPU and wall time are those of the whole command in a
-process of its own; the budget is 90 s of CPU and 60 s of wall time on two idle cores. Exits 1 when a seed goes the
+Prints the README's table: verification half, 95 % Wilson intervals. CPU and wall time are those of the whole command in
+a process of its own; the budget is 90 s of CPU and 60 s of wall time on two idle cores. Exits 1 when a seed goes the
 other way or the command exceeds its CPU budget.
 """
 
