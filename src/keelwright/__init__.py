@@ -15,13 +15,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from keelwright.heal.demo import demo
     from keelwright.heal.loop import heal
-    from keelwright.measure.audit import audit
-    from keelwright.measure.compare import compare
+    from keelwright.heal.audit import audit
+    from keelwright.heal.compare import compare
     from keelwright.repair.materialise import repair
 
 _PUBLIC = {
-    "audit": "keelwright.measure.audit",
-    "compare": "keelwright.measure.compare",
+    "audit": "keelwright.heal.audit",
+    "compare": "keelwright.heal.compare",
     "demo": "keelwright.heal.demo",
     "heal": "keelwright.heal.loop",
     "repair": "keelwright.repair.materialise",

@@ -74,6 +74,7 @@ class ScreenProgress:
         self._task: TaskID | None = None
         self._title = ""
         self._unit = ""
+        self._total: int | None = None
         self._done = 0
         self._start = 0.0
 
@@ -109,7 +110,8 @@ class ScreenProgress:
     def stage(self, title: str, total: int | None = None, unit: str = "") -> None:
         """Begin a stage; the one before is closed with its count and seconds."""
         self._close_stage()
-        self._title, self._unit, self._done, self._start = title, unit, 0, time.perf_counter()
+        self._title, self._unit, self._total = title, unit, total
+        self._done, self._start = 0, time.perf_counter()
         if self._bar is not None:
             self._task = self._bar.add_task(title, total=total, rate="")
 
@@ -120,7 +122,9 @@ class ScreenProgress:
             self._bar.update(self._task, advance=count, rate=self._rate())
 
     def note(self, text: str) -> None:
-        """Print one line that stays."""
+        """Print one line that stays; a stage that is complete is closed first, so that lines come in order."""
+        if self._done and self._done == self._total:
+            self._close_stage()
         self._console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def _rate(self) -> str:

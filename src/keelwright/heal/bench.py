@@ -34,7 +34,8 @@ class Bench:
         self.run = run
         self.progress = progress
         self.decoding = decoding_for(exam.suite, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        self.digest = suite_digest(exam.halves.all)
+        self.digest = suite_digest(exam.suite.items())
+        self.task_digest = suite_digest(exam.utility.items()) if isinstance(exam.utility, TaskUtility) else ""
 
     def measure(self, model_id: str, part: Part, load: LoadModel) -> Measured:
         """Ask the model the part's items that have no record yet, and return what it scored.
@@ -78,14 +79,20 @@ class Bench:
     def _ask(self, model: LoadedModel, model_id: str, items: Sequence[Item]) -> None:
         self.progress.stage(f"asking {model_id}", total=len(items), unit="answers")
         asked = [item for item in items if item.kind != "task"]
-        self._keep(model, model_id, asked, self.exam.suite.judge(), self.decoding)
+        self._keep(model, model_id, asked, self.exam.suite.judge(), self.digest, self.decoding)
         tasks = [item for item in items if item.kind == "task"]
         if tasks and isinstance(self.exam.utility, TaskUtility):
             decoding = DecodingConfig(self.exam.utility.max_new_tokens, self.decoding.batch_size)
-            self._keep(model, model_id, tasks, self.exam.utility.judge(), decoding)
+            self._keep(model, model_id, tasks, self.exam.utility.judge(), self.task_digest, decoding)
 
     def _keep(
-        self, model: LoadedModel, model_id: str, items: Sequence[Item], judge: Judge, decoding: DecodingConfig
+        self,
+        model: LoadedModel,
+        model_id: str,
+        items: Sequence[Item],
+        judge: Judge,
+        digest: str,
+        decoding: DecodingConfig,
     ) -> None:
         measure(
             model,
@@ -93,7 +100,7 @@ class Bench:
             judge,
             self.run,
             model_id=model_id,
-            suite_digest=self.digest,
+            suite_digest=digest,
             decoding=decoding,
             progress=self.progress,
         )

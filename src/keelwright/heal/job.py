@@ -18,9 +18,11 @@ from keelwright.heal.trials import Candidate, find_candidate
 from keelwright.heal.unalign import unalign_rank
 from keelwright.models.compatibility import require_compatible
 from keelwright.models.memory import available_bytes, require_memory, shown_bytes
+from keelwright.repair.materialise import UNRELATED_ABOVE
 from keelwright.runs.folder import RunSpec
 from keelwright.weights.card import licence_of
 from keelwright.weights.plan import require_same_tensors
+from keelwright.weights.sources import relative_distance
 
 _TRAINING_BYTES = 16
 """Per weight of full tuning in float32: weights, gradients and two moments."""
@@ -125,6 +127,9 @@ def open_job(aligned: ModelLike, tuned: ModelLike, out: Path, config: HealConfig
     warnings: list[str] = []
     for other in [parties[1], *([unaligned] if unaligned is not None else [])]:
         warnings += _require_fit(first, other, config)
+        distance = relative_distance(first.source, other.source)
+        if distance > UNRELATED_ABOVE:
+            warnings.append(f"'{other.role}' is far from 'aligned' ({distance:.2f} of its norm): is it its child?")
     job = Job(
         aligned=first,
         tuned=parties[1],

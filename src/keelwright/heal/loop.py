@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from keelwright.core.catalogue import find_method
 from keelwright.core.config import config_from_mapping
 from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress, Silent, TensorSource
@@ -28,8 +29,10 @@ from keelwright.heal.unalign import LORA_ABOVE, require_right_direction, unalign
 from keelwright.models.loading import LoadedModel
 from keelwright.models.threads import threads_for
 from keelwright.ops.paired import minimum_detectable_change
+from keelwright.repair.materialise import Output, materialise_edit
 from keelwright.runs.folder import RunFolder, default_run_folder, stopwatch
 from keelwright.weights.live import LiveTrial
+from keelwright.weights.lock import LOCK_FILE
 
 
 def heal(
@@ -218,3 +221,24 @@ class _Loop:
 
     def _candidate(self, trial: Trial) -> Candidate:
         return next(one for one in self.job.candidates if one.method == trial.method)
+
+    def _write(self, chosen: Trial, sources: Mapping[str, TensorSource], outcome: Outcome) -> dict[str, Any]:
+        """Write the verified choice, or accept what this very run wrote before it was cut off."""
+        job, known = self.job, self.run_folder.recall("written")
+        if known is not None and (job.out / LOCK_FILE).is_file():
+            return dict(known)
+        models = {"aligned": "aligned", "tuned": "tuned", "repaired": trial_name(chosen.method, chosen.coefficient)}
+        written = materialise_edit(
+            find_method(chosen.method),
+            self._candidate(chosen).build(chosen.coefficient),
+            sources,
+            job.tuned.local or job.tuned.ref.live,
+            Output(job.out, max_shard_bytes=int(job.config.max_shard_gb * 1e9)),
+            results={
+                role: self.bench.measured(one, "verification").metrics.to_mapping() for role, one in models.items()
+            },
+            folders={party.role: party.local.folder for party in job.parties if party.local is not None},
+            progress=self.progress,
+        )
+        self.run_folder.remember("written", written)
+        return written

@@ -79,15 +79,16 @@ def unaligned_copy(
         seed=derive_seed(config.seed, "unalign"),
         lora_rank=rank,
     )
+    text = f"{base.describe()}, un-aligned in memory"
     if rank == 0:
         model.module.float()
         train(model.module, model.tokenizer, rows, settings, progress=progress)
         check(model)
-        return LiveSource(model.module)
+        return LiveSource(model.module, text)
     adapter = train(model.module, model.tokenizer, rows, settings, progress=progress).adapter
     if adapter is None:
         raise TypeError("training with a LoRA rank returned no adapter")
     check(model)
     factors = {name: LoraFactors(one.up, one.down, one.scale) for name, one in adapter.factors().items()}
     adapter.detach()
-    return AdaptedCheckpoint(base, factors=factors, text=f"{base.describe()} (un-aligned in memory)")
+    return AdaptedCheckpoint(base, factors=factors, text=text)

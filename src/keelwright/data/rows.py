@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to train on: a prompt and its answer, read from JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from keelwright.core.errors import DataError, MissingError
+
+_ANSWER_KEYS: Final = ("answer", "response", "completion")
+_EXPECTED: Final = 'an object with "prompt" and "answer" (or "response", "completion"), or with "messages"'
+_FIX: Final = 'write one object per line, e.g. {"prompt": "...", "answer": "..."}'
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRow:
+    """One turn to learn from. The loss falls on the answer alone."""
+
+    prompt: str
+    answer: str
+    system: str | None = None
+
+
+def read_chat_rows(path: Path | str) -> list[ChatRow]:
+    """Read the rows of a JSON-lines file; blank lines are skipped.
+
+    Args:
+        path: UTF-8 text. Each line holds `prompt` and `answer` (or `response`, `completion`) and perhaps `system`;
+            or `messages`: one user message and the assistant's reply, perhaps after a system message.
+
+    Raises:
+        MissingError: There is no such file.
+        DataError: A line is malformed (its number is named), or the file holds no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(
+            f"There is no file '{path}'.",
+            expected="a JSON-lines file of prompts and answers",
+            found="a folder" if path.is_dir() else "nothing",
+            fix="check the path",
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"'{path}' is not UTF-8 text.", expected="a UTF-8 JSON-lines file", found=str(error), fix="save it as UTF-8"
+        ) from error
+    rows = [_read_row(line, where=f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"'{path}' holds no rows.", expected="at least one row", found="an empty file", fix=_FIX)
+    return rows
+
+
+def _read_row(line: str, *, where: str) -> ChatRow:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON.", expected=_EXPECTED, found=str(error), fix=_FIX) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is not a row.", expected=_EXPECTED, found=type(row).__name__, fix=_FIX)
+    if "messages" in row:
+        return _from_messages(row["messages"], where=where)
+    answer_key = next((key for key in _ANSWER_KEYS if key in row), "answer")
+    system = None if row.get("system") is None else _text_of(row, "system", where=where)
+    return ChatRow(_text_of(row, "prompt", where=where), _text_of(row, answer_key, where=where), system)
+
+
+def _text_of(row: Mapping[str, Any], name: str, *, where: str) -> str:
+    text = row.get(name)
+    if not isinstance(text, str) or not text.strip():
+        found = f"keys {', '.join(row) or 'none'}" if text is None else f"{name} = {text!r}"
+        raise DataError(f"{where} has no text in '{name}'.", expected=_EXPECTED, found=found, fix=_FIX)
+    return text
+
+
+def _from_messages(messages: Any, *, where: str) -> ChatRow:
+    """Accept what one turn can hold; a longer conversation would have to be cut, so it is refused."""
+    fine = isinstance(messages, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in messages
+    )
+    roles = [one["role"] for one in messages] if fine else []
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]) or not all(
+        one["content"].strip() for one in messages
+    ):
+        raise DataError(
+            f"{where} has messages that are not one turn.",
+            expected="messages of user and assistant, perhaps after one of system, each with text",
+            found=f"roles {', '.join(roles) or 'none'}" if fine else repr(messages)[:80],
+            fix="keep one user message and its reply per line",
+        )
+    texts = {one["role"]: one["content"] for one in messages}
+    return ChatRow(prompt=texts["user"], answer=texts["assistant"], system=texts.get("system"))

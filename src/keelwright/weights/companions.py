@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files beside the weights: config, generation settings, tokenizer, chat template, licence texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from keelwright.core.files import write_atomic
+from keelwright.core.protocols import TensorEntry
+from keelwright.models.dtypes import TORCH_DTYPES
+from keelwright.models.folders import read_json
+from keelwright.models.headers import FLOAT_DTYPES
+
+_MODEL_FILES = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def copy_companions(
+    model_folder: Path, tokenizer_folder: Path, out: Path, config_changes: Mapping[str, Any]
+) -> dict[str, str]:
+    """Copy what a loader needs beside the weights; code files and anything not listed here stay behind.
+
+    Args:
+        model_folder: Where `config.json` and the generation settings come from.
+        tokenizer_folder: Where the tokenizer and the chat template come from.
+        out: The output folder.
+        config_changes: Keys of `config.json` that differ in the output; None removes nothing and is not written.
+
+    Returns:
+        SHA-256 by file name.
+    """
+    files = {"config.json": _write(out / "config.json", _config(model_folder, config_changes))}
+    for folder, patterns in ((model_folder, _MODEL_FILES), (tokenizer_folder, _TOKENIZER_FILES)):
+        for path in _matches(folder, patterns):
+            name = path.relative_to(folder).as_posix()
+            files[name] = _write(out / name, path.read_bytes())
+    return files
+
+
+def dominant_dtype(entries: Iterable[TensorEntry]) -> str | None:
+    """Return the dtype that most weights have, as `config.json` spells it, or None without weights."""
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        if entry.dtype in FLOAT_DTYPES:
+            counts[entry.dtype] += entry.elements
+    if not counts:
+        return None
+    return str(TORCH_DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.")
+
+
+def copy_tokenizer(folder: Path, out: Path) -> dict[str, str]:
+    """Copy the tokenizer's files alone; return their SHA-256."""
+    return {
+        path.relative_to(folder).as_posix(): _write(out / path.relative_to(folder), path.read_bytes())
+        for path in _matches(folder, _TOKENIZER_FILES)
+    }
+
+
+def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _config(folder: Path, changes: Mapping[str, Any]) -> bytes:
+    config = read_json(folder / "config.json", str(folder))
+    for key, value in changes.items():
+        if value is None:
+            continue
+        if key == "dtype" and "torch_dtype" in config:
+            # The older spelling; a loader that finds both would have to choose.
+            config["torch_dtype"] = value
+            config.pop("dtype", None)
+            continue
+        config[key] = value
+    return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> str:
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()

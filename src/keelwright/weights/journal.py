@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of a write in progress: which tensors are on disk, and the digest of their bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from keelwright.core.errors import StorageError
+from keelwright.core.files import require_new_folder, storage_errors, write_atomic
+
+PLAN_FILE = "plan.json"
+JOURNAL_FILE = "progress.jsonl"
+
+# A power cut may lose this much of the journal; a resume verifies every digest, so it only costs the time again.
+_SYNC_SECONDS = 1.0
+
+
+class Journal:
+    """Appends finished tensors to `progress.jsonl`; survives a kill at any moment.
+
+    Args:
+        folder: The partial output folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL_FILE
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, tensor: str, sha256: str) -> None:
+        """Record that a tensor's bytes are written."""
+        # The newline goes in front: a line that a kill cut short cannot swallow the next one.
+        line = "\n" + json.dumps({"tensor": tensor, "sha256": sha256}, ensure_ascii=False)
+        os.write(self._handle, line.encode())
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._handle)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Make the journal durable and close it."""
+        if self._handle >= 0:
+            try:
+                os.fsync(self._handle)
+            finally:
+                os.close(self._handle)
+                self._handle = -1
+
+
+def read_journal(folder: Path) -> dict[str, str]:
+    """Return the digest of every tensor that an interrupted write finished; a torn last line is ignored."""
+    path = folder / JOURNAL_FILE
+    finished: dict[str, str] = {}
+    if not path.is_file():
+        return finished
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("tensor"), str) and isinstance(row.get("sha256"), str):
+            finished[row["tensor"]] = row["sha256"]
+    return finished
+
+
+def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
+    """Return the partial folder of `out`, new or left by an interrupted write of the same plan.
+
+    Args:
+        out: The output folder; must not exist, or be empty.
+        digest: The plan's digest.
+        summary: What the plan does, for the person who finds the partial folder.
+
+    Raises:
+        StorageError: `out` is in use, cannot be made, or its partial folder belongs to another plan.
+    """
+    require_new_folder(out, flag="--out")
+    partial = partial_folder(out)
+    if not partial.exists():
+        with storage_errors(partial):
+            partial.mkdir(parents=True)
+        write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
+        return partial
+    found = _begun_digest(partial)
+    if found == digest:
+        return partial
+    if found is None and not any(partial.iterdir()):
+        write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
+        return partial
+    raise StorageError(
+        f"'{partial}' holds an unfinished output of another plan.",
+        expected=f"the plan {digest}: same method, settings and inputs",
+        found=f"the plan {found}" if found else f"files without a {PLAN_FILE}",
+        fix=f"run the command that began it again, or delete '{partial}', or write to another folder",
+    )
+
+
+def partial_folder(out: Path) -> Path:
+    """Return where an output is built before it gets its name."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _begun_digest(partial: Path) -> str | None:
+    try:
+        row = json.loads((partial / PLAN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(row["digest"]) if isinstance(row, dict) and "digest" in row else None

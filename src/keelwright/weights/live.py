@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits on a live model: tried in place, undone to the bit, evaluated by the same code that writes checkpoints.
+
+A trial is always computed from the sources, never from the trial before it, so nothing drifts; and because the one
+place that evaluates edits is shared with the writer, the live model holds the very bits that would be written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from keelwright.core.errors import ModelMismatchError
+from keelwright.core.protocols import Chunk, Reach, Stats, TensorEntry, TensorSource, WeightEdit
+from keelwright.models.dtypes import STORED_NAMES, TORCH_DTYPES
+from keelwright.models.names import name_map
+from keelwright.weights.plan import require_same_tensors, untie
+from keelwright.weights.stream import walk
+
+LAYOUT_ROLE = "tuned"
+"""The role that the live model plays; edits name it last."""
+
+
+class LiveSource:
+    """The tensors of a module in memory, each tied one once; reads see the values of the moment.
+
+    Args:
+        module: The model.
+        text: Words for error texts.
+    """
+
+    def __init__(self, module: PreTrainedModel, text: str = "the model in memory") -> None:
+        self.module = module
+        self._text = text
+        self._tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, value in module.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                self._tensors[name] = value
+        self._entries = {
+            name: TensorEntry(name, STORED_NAMES[value.dtype], tuple(value.shape))
+            for name, value in self._tensors.items()
+        }
+
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Return every tensor once."""
+        return self._entries
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a copy of elements `start:stop`, on the CPU."""
+        return self._tensors[name].detach().reshape(-1)[start:stop].to("cpu", copy=True)
+
+    def describe(self) -> str:
+        """Return words for error texts."""
+        return self._text
+
+    def config_json(self) -> dict[str, Any]:
+        """Return the module's settings as `config.json` spells them."""
+        settings: dict[str, Any] = self.module.config.to_dict()
+        return settings
+
+    def frozen(self) -> FrozenSource:
+        """Return a copy of the values of this moment, on the CPU."""
+        values = {name: self.read(name, 0, entry.elements) for name, entry in self._entries.items()}
+        return FrozenSource(values, self)
+
+
+class FrozenSource:
+    """A copy of a live source's values; costs the model's size in memory.
+
+    Args:
+        values: Flattened tensors by name.
+        live: The source that they were copied from.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], live: LiveSource) -> None:
+        self._values = values
+        self._live = live
+
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Return the live source's entries."""
+        return self._live.entries()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a copy of elements `start:stop`."""
+        return self._values[name][start:stop].clone()
+
+    def describe(self) -> str:
+        """Return words for error texts."""
+        return self._live.describe()
+
+    def config_json(self) -> dict[str, Any]:
+        """Return the module's settings."""
+        return self._live.config_json()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How far an edit took the live model from the tuned weights."""
+
+    relative_norm: float
+    """`||edited - tuned|| / ||tuned||` over all weights, accumulated in float64."""
+    tensors_changed: int
+
+
+class LiveTrial:
+    """A context manager that tries edits on a live model and leaves it as it was.
+
+    Args:
+        module: The tuned model, live, in the dtype in which its source stores it.
+        sources: Tensors by role. If `tuned` is this very module, its values are copied first.
+
+    Raises:
+        ModelMismatchError: The module is not the tuned source's model, or roles do not fit together.
+    """
+
+    def __init__(self, module: PreTrainedModel, sources: Mapping[str, TensorSource]) -> None:
+        tuned = sources[LAYOUT_ROLE]
+        own = tuned.frozen() if isinstance(tuned, LiveSource) and tuned.module is module else tuned
+        others = {role: source for role, source in sources.items() if role != LAYOUT_ROLE}
+        self.sources, changes, _ = untie({**others, LAYOUT_ROLE: own})
+        if changes:
+            raise ModelMismatchError(
+                "The tuned model ties its output head to the embedding, and another model does not.",
+                expected="models that agree, for a trial in memory",
+                found=f"changes to the settings: {changes}",
+                fix="save the tuned model with tie_word_embeddings false and a head of its own",
+            )
+        require_same_tensors(self.sources, layout=LAYOUT_ROLE)
+        self._pairs = name_map(module, tuned)
+        self._parameters = dict(module.named_parameters())
+        self._require_stored_dtypes(module)
+
+    def apply(self, edit: WeightEdit) -> Change:
+        """Give the live model the edited weights, computed from the sources.
+
+        Raises:
+            NumericalError: An input holds NaN or infinity, or a value does not fit the dtype.
+        """
+        moved, size, changed = 0.0, 0.0, 0
+        for parameter, tensor in self._pairs.items():
+            before = moved
+            for part_moved, part_size in self._write(edit, parameter, tensor):
+                moved += part_moved
+                size += part_size
+            changed += moved > before
+        return Change(math.sqrt(moved / size) if size else 0.0, changed)
+
+    def undo(self) -> None:
+        """Give the live model the tuned weights back, bit for bit."""
+        self.apply(_Restore())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    @torch.no_grad()
+    def _write(self, edit: WeightEdit, parameter: str, tensor: str) -> list[tuple[float, float]]:
+        """Write one tensor; return squared distances from and squared norms of the tuned values, per chunk."""
+        flat = self._parameters[parameter].view(-1)
+        norms = []
+        for part in walk(edit, self.sources, tensor):
+            flat[part.offset : part.offset + part.values.numel()] = part.values.to(flat.device)
+            tuned = part.layout.double()
+            norms.append((float((part.values.double() - tuned).square().sum()), float(tuned.square().sum())))
+        return norms
+
+    def _require_stored_dtypes(self, module: PreTrainedModel) -> None:
+        entries = self.sources[LAYOUT_ROLE].entries()
+        for parameter, tensor in self._pairs.items():
+            found, wanted = self._parameters[parameter].dtype, TORCH_DTYPES[entries[tensor].dtype]
+            if found is not wanted:
+                raise ModelMismatchError(
+                    f"The live {type(module).__name__} is not in the dtype of its checkpoint.",
+                    expected=f"{parameter} in {str(wanted).removeprefix('torch.')}",
+                    found=str(found).removeprefix("torch."),
+                    fix="load it without a dtype of your own: a trial must hold the bits that would be written",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Restore:
+    """The edit that changes nothing."""
+
+    def roles(self) -> tuple[str, ...]:
+        return (LAYOUT_ROLE,)
+
+    def reach(self, name: str) -> Reach:
+        return Reach.COPY
+
+    def copies(self, name: str) -> str:
+        return LAYOUT_ROLE
+
+    def reduce(self, name: str, chunk: Chunk) -> Stats:
+        return {}
+
+    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
+        return chunk.tensors[LAYOUT_ROLE]

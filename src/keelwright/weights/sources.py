@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources around sources: tied tensors under a second name, digests of content, and how far apart two models are."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from keelwright.core.protocols import TensorEntry, TensorSource
+from keelwright.models.adapters import AdaptedCheckpoint
+from keelwright.models.headers import FLOAT_DTYPES
+from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes
+
+# How much of a pair of models is read to tell whether they are parent and child.
+_SAMPLED_TENSORS = 24
+_SAMPLED_ELEMENTS = 1 << 14
+
+
+@runtime_checkable
+class Digested(Protocol):
+    """A source that knows a digest of its content, such as a checkpoint on disk."""
+
+    def data_digest(self) -> str: ...
+
+
+class AliasedSource:
+    """A source whose tied tensors can be read under names that it does not store, or not under those that it does.
+
+    Args:
+        inner: The source.
+        aliases: Second name to stored name.
+        hidden: Stored names that are left out.
+    """
+
+    def __init__(
+        self, inner: TensorSource, aliases: Mapping[str, str] | None = None, *, hidden: Collection[str] = ()
+    ) -> None:
+        self.inner = inner
+        self.aliases = dict(aliases or {})
+        own = inner.entries()
+        added = {name: TensorEntry(name, own[old].dtype, own[old].shape) for name, old in self.aliases.items()}
+        self._entries = {**{name: entry for name, entry in own.items() if name not in hidden}, **added}
+
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Return every tensor, the second names included, the hidden ones not."""
+        return self._entries
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements `start:stop` of the tensor that `name` stands for."""
+        return self.inner.read(self.aliases.get(name, name), start, stop)
+
+    def describe(self) -> str:
+        """Return the user's own words for the source."""
+        return self.inner.describe()
+
+
+def source_digest(source: TensorSource) -> str:
+    """Return a digest of a source's content: `sampled-...` where the source says that it only sampled."""
+    if isinstance(source, AliasedSource):
+        return source_digest(source.inner)
+    if isinstance(source, AdaptedCheckpoint):
+        # Its own digest takes a base in memory by its description alone.
+        base = source_digest(source.base)
+        parts = "\x1f".join([base, *(adapter.data_digest() for adapter in source.adapters)])
+        return f"{base.partition(':')[0]}:{hashlib.sha256(parts.encode()).hexdigest()}"
+    if isinstance(source, Digested):
+        return source.data_digest()
+    digest = hashlib.sha256()
+    for name, entry in sorted(source.entries().items()):
+        digest.update(f"{name}\x1f{entry.dtype}\x1f{entry.shape}\x1f".encode())
+        for start in range(0, entry.elements, CHUNK_ELEMENTS):
+            digest.update(as_bytes(source.read(name, start, min(entry.elements, start + CHUNK_ELEMENTS))))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def relative_distance(a: TensorSource, b: TensorSource) -> float:
+    """Estimate `||b - a|| / ||a||` from a sample of the matrices that both hold.
+
+    The sample is fixed: up to 24 matrices spread over the model, and the middle 16384 elements of each.
+    """
+    own, others = a.entries(), b.entries()
+    shared = [
+        name
+        for name, entry in own.items()
+        if len(entry.shape) > 1 and entry.dtype in FLOAT_DTYPES and name in others and others[name].shape == entry.shape
+    ]
+    step = max(1, math.ceil(len(shared) / _SAMPLED_TENSORS))
+    difference, size = 0.0, 0.0
+    for name in shared[::step]:
+        start = max(0, (own[name].elements - _SAMPLED_ELEMENTS) // 2)
+        stop = min(own[name].elements, start + _SAMPLED_ELEMENTS)
+        left, right = a.read(name, start, stop).double(), b.read(name, start, stop).double()
+        difference += float((right - left).square().sum())
+        size += float(left.square().sum())
+    return math.sqrt(difference / size) if size else 0.0
