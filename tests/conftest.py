@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["keelwright.ops", "keelwright.repair", "keelwright.weights"], "beartype.beartype")
+install_import_hook(["keelwright.ops", "keelwright.repair.linear", "keelwright.repair.resta"], "beartype.beartype")
 
 import torch
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from keelwright.core.version import __version__
 
 if TYPE_CHECKING:
-    from keelwright.heal.demo import demo
-    from keelwright.heal.loop import heal
     from keelwright.heal.audit import audit
     from keelwright.heal.compare import compare
+    from keelwright.heal.demo import demo
+    from keelwright.heal.loop import heal
     from keelwright.repair.materialise import repair
 
 _PUBLIC = {

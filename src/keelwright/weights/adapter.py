@@ -150,7 +150,8 @@ def _scaled(folder: Path, weight: float, base: TensorSource) -> dict[str, Tensor
             before = base.read(module, 0, base.entries()[module].elements).view(tensor.shape).float()
             found[key] = ((1.0 - weight) * before + weight * tensor.float()).to(tensor.dtype)
         else:
-            found[key] = (weight * tensor.float()).to(tensor.dtype) if part.endswith("B") else tensor
+            # In float32 whatever the adapter stores: a 16-bit product would be rounded a second time.
+            found[key] = weight * tensor.float() if part.endswith("B") else tensor
     return found
 
 
@@ -179,6 +180,10 @@ def _stacked(terms: list[Term], config: Mapping[str, Any]) -> tuple[dict[str, Te
         "alpha_pattern": other,
         "use_rslora": False,
         "target_modules": sorted(ranks),
+        # Every module is named in full: what else chooses modules would only get in the way.
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "lora_dropout": 0.0,
     }
     return tensors, settings

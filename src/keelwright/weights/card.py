@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-import keelwright
+from keelwright.core.version import __version__
 
 CardResults = Mapping[str, Mapping[str, Mapping[str, float] | None] | None]
 """Metrics by model, as in the JSON contract: `{"tuned": {"harm_rate": {"value", "low", "high", "n"} | None}}`."""
@@ -67,7 +67,7 @@ def model_card(provenance: Provenance, sources: Mapping[str, Mapping[str, str]],
         lines.append(f"| {role} | {source['model']} | `{source['digest']}` | {licence} |")
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     lines += ["", "## Safety", "", *_safety_lines(provenance.results), ""]
-    lines += [f"Written by keelwright {keelwright.__version__}; `merge.lock.json` holds every digest.", ""]
+    lines += [f"Written by keelwright {__version__}; `merge.lock.json` holds every digest.", ""]
     return "\n".join(lines)
 
 

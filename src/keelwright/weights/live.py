@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from keelwright.core.errors import ModelMismatchError
 from keelwright.core.protocols import Chunk, Reach, Stats, TensorEntry, TensorSource, WeightEdit
+from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.dtypes import STORED_NAMES, TORCH_DTYPES
 from keelwright.models.names import name_map
 from keelwright.weights.plan import require_same_tensors, untie
+from keelwright.weights.sources import AliasedSource
 from keelwright.weights.stream import walk
 
 LAYOUT_ROLE = "tuned"
@@ -115,7 +117,7 @@ class LiveTrial:
     """A context manager that tries edits on a live model and leaves it as it was.
 
     Args:
-        module: The tuned model, live, in the dtype in which its source stores it.
+        module: The tuned model, live. Where adapters are merged into it, in the dtype in which its source stores it.
         sources: Tensors by role. If `tuned` is this very module, its values are copied first.
 
     Raises:
@@ -173,15 +175,20 @@ class LiveTrial:
         norms = []
         for part in walk(edit, self.sources, tensor):
             flat[part.offset : part.offset + part.values.numel()] = part.values.to(flat.device)
-            tuned = part.layout.double()
+            # An adapter's sum comes in float32; the live model held it rounded.
+            tuned = part.layout.to(part.values.dtype).double()
             norms.append((float((part.values.double() - tuned).square().sum()), float(tuned.square().sum())))
         return norms
 
     def _require_stored_dtypes(self, module: PreTrainedModel) -> None:
-        entries = self.sources[LAYOUT_ROLE].entries()
+        # Any other dtype was cast from the stored values when the model was loaded, and a trial casts in the same way.
+        # An adapter's sum was rounded to the model's dtype and never to the stored one: that could not be undone.
+        tuned = self.sources[LAYOUT_ROLE]
+        inner = tuned.inner if isinstance(tuned, AliasedSource) else tuned
+        touched = inner.touched() if isinstance(inner, AdaptedCheckpoint) else frozenset()
         for parameter, tensor in self._pairs.items():
-            found, wanted = self._parameters[parameter].dtype, TORCH_DTYPES[entries[tensor].dtype]
-            if found is not wanted:
+            found, wanted = self._parameters[parameter].dtype, TORCH_DTYPES[tuned.entries()[tensor].dtype]
+            if tensor in touched and found is not wanted:
                 raise ModelMismatchError(
                     f"The live {type(module).__name__} is not in the dtype of its checkpoint.",
                     expected=f"{parameter} in {str(wanted).removeprefix('torch.')}",

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import keelwright
 from keelwright.core.digests import file_digest
 from keelwright.core.errors import DataError, MissingError
+from keelwright.core.version import __version__
 from keelwright.models.folders import read_json, require_inside
 from keelwright.weights.card import Provenance
 from keelwright.weights.numerics import ROUNDING
@@ -48,7 +48,7 @@ def lock_text(
         "sources": {role: dict(source) for role, source in sources.items()},
         "plan": plan_digest,
         "versions": {
-            "keelwright": keelwright.__version__,
+            "keelwright": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },

@@ -176,7 +176,8 @@ def untie(
         role: AliasedSource(source, aliases[role], hidden=hidden[role]) if aliases[role] or hidden[role] else source
         for role, source in sources.items()
     }
-    changes = {"tie_word_embeddings": False} if any(aliases[next(reversed(sources))]) else {}
+    layout = [*sources][-1]
+    changes = {"tie_word_embeddings": False} if aliases[layout] else {}
     return result, changes, notes
 
 

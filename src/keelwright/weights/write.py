@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from keelwright.core.errors import StorageError
+from keelwright.core.errors import NumericalError, StorageError
 from keelwright.core.files import storage_errors, sync_folder, write_atomic
 from keelwright.core.protocols import Progress, Silent
 from keelwright.models.folders import INDEX
@@ -127,10 +128,13 @@ def finish(partial: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _kept(partial: Path) -> Iterator[None]:
-    """Say in every storage error that the finished part is kept."""
+    """Say in every storage error that the finished part is kept; after bad numbers, which stay bad, keep nothing."""
     try:
         with storage_errors(partial):
             yield
+    except NumericalError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except StorageError as error:
         raise StorageError(
             error.problem,
