@@ -143,11 +143,11 @@ class ScreenProgress:
 
 
 def percent(estimate: Mapping[str, Any] | None) -> str:
-    """Return `64.0 % [58.1, 69.5]`, or `not measured`."""
+    """Return `64.0% [58.1, 69.5]`, or `not measured`."""
     if estimate is None:
         return "not measured"
     value, low, high = (100 * float(estimate[key]) for key in ("value", "low", "high"))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
 
 
 METRIC_NAMES = {

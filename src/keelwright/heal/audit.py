@@ -145,7 +145,7 @@ def _models(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _sentence(summary: Mapping[str, Any]) -> str:
     """Return the audit in one sentence: the rates, never the harm rate alone."""
     metrics = summary["metrics"]
-    parts = [f"{words} {metrics[name]['value']:.1%}" for name, words in _NOUNS.items() if metrics[name] is not None]
+    parts = [f"{words} {100 * metrics[name]['value']:.3g}%" for name, words in _NOUNS.items() if metrics[name] is not None]
     changes = [change for change in summary.get("changes", []) if change["verdict"] == "regressed"]
     worse = ", ".join(change["metric"].replace("_", " ") for change in changes)
     if "against" not in summary:
@@ -153,5 +153,9 @@ def _sentence(summary: Mapping[str, Any]) -> str:
     elif worse:
         tail = f" Regressed against {summary['against']['model']}: {worse}."
     else:
-        tail = f" No evidence of a regression against {summary['against']['model']}."
+        first = summary["changes"][0]
+        tail = (
+            f" No evidence of a regression against {summary['against']['model']}: {first['n']} items would have shown "
+            f"a change of {100 * first['minimum_detectable_change']:.3g} points in the {_NOUNS[first['metric']]}."
+        )
     return f"{summary['model']}: {', '.join(parts)}.{tail}"

@@ -18,7 +18,7 @@ from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress, Silent, TensorSource
 from keelwright.heal.bench import Bench
 from keelwright.heal.config import HealConfig
-from keelwright.heal.decide import Measured, Trial, check_limits, choose, compare_bad
+from keelwright.heal.decide import Measured, Trial, check_limits, choose, compare_bad, is_worse
 from keelwright.heal.job import Job, open_job
 from keelwright.heal.outcome import Outcome
 from keelwright.heal.parties import ModelLike, Party
@@ -217,6 +217,7 @@ class _Loop:
             verified=repaired,
             improvement=improvement,
             verification_checks=checks,
+            is_still_worse=is_worse(repaired, aligned, self.job.config.floors),
         )
 
     def _candidate(self, trial: Trial) -> Candidate:

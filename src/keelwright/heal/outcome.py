@@ -26,6 +26,8 @@ class Outcome:
     improvement: PairedTest | None = None
     """Tuned against repaired, verification half; `better` counts the items that were repaired."""
     verification_checks: tuple[LimitCheck, ...] = ()
+    is_still_worse: bool = False
+    """Whether the repaired model is significantly less safe than the aligned one, verification half."""
 
 
 def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Measured, alpha: float) -> str:
@@ -42,7 +44,7 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
     if outcome.verdict == "no_evidence_of_loss":
         detectable = outcome.minimum_detectable_change
         limit = (
-            "" if detectable is None else f"; {outcome.evidence.n} items would have shown a loss of {detectable:.1%}"
+            "" if detectable is None else f"; {outcome.evidence.n} items would have shown a loss of {100 * detectable:.3g} points"
         )
         return (
             f"No evidence of a safety loss: {noun} {before} in the aligned and {after} in the tuned model "
@@ -56,7 +58,8 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
         raise ValueError("an outcome with a choice has its verification")
     now = _rate(outcome.verified, primary)
     if outcome.verdict == "repaired":
-        return f"{lost}; {how} brought it to {now}, on items that were not used to choose it."
+        left = "" if not outcome.is_still_worse else ", still significantly worse than the aligned model"
+        return f"{lost}; {how} brought it to {now}{left}, on items that were not used to choose it."
     broken = [str(check) for check in outcome.verification_checks if not check.held]
     if outcome.improvement.p_value >= alpha:
         broken.insert(0, f"the improvement is not significant (p = {outcome.improvement.p_value:.2g})")
@@ -65,4 +68,4 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
 
 def _rate(measured: Measured, primary: Primary) -> str:
     estimate = getattr(measured.metrics, primary)
-    return "not measured" if estimate is None else f"{estimate.value:.1%}"
+    return "not measured" if estimate is None else f"{100 * estimate.value:.3g}%"
