@@ -145,7 +145,8 @@ def _models(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _sentence(summary: Mapping[str, Any]) -> str:
     """Return the audit in one sentence: the rates, never the harm rate alone."""
     metrics = summary["metrics"]
-    parts = [f"{words} {100 * metrics[name]['value']:.3g}%" for name, words in _NOUNS.items() if metrics[name] is not None]
+    known = [(words, metrics[name]["value"]) for name, words in _NOUNS.items() if metrics[name] is not None]
+    parts = [f"{words} {100 * value:.3g}%" for words, value in known]
     changes = [change for change in summary.get("changes", []) if change["verdict"] == "regressed"]
     worse = ", ".join(change["metric"].replace("_", " ") for change in changes)
     if "against" not in summary:

@@ -43,9 +43,8 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
     before, after = _rate(aligned, primary), _rate(tuned, primary)
     if outcome.verdict == "no_evidence_of_loss":
         detectable = outcome.minimum_detectable_change
-        limit = (
-            "" if detectable is None else f"; {outcome.evidence.n} items would have shown a loss of {100 * detectable:.3g} points"
-        )
+        seen = "" if detectable is None else f"a loss of {100 * detectable:.3g} points"
+        limit = f"; {outcome.evidence.n} items would have shown {seen}" if seen else ""
         return (
             f"No evidence of a safety loss: {noun} {before} in the aligned and {after} in the tuned model "
             f"(p = {outcome.evidence.p_value:.2g}{limit}). Nothing was written."

@@ -85,9 +85,9 @@ def repair(
     edit = edit_class(edit_class.config_class(**settings))
     require_new_folder(Path(out), flag="--out")
     given = {"aligned": aligned, "unaligned": unaligned, "tuned": tuned}
-    refs = {role: parse_ref(model) for role, model in given.items() if role in edit.roles() and model is not None}
+    refs = {role: parse_ref(model) for role, model in given.items() if model is not None}
+    _require_roles(line, edit, refs)
     locals_ = {role: None if ref.live is not None else resolve(ref, offline=offline) for role, ref in refs.items()}
-    _require_all_roles(line, edit, refs)
     for role, local in locals_.items():
         other = locals_["tuned"]
         if role != "tuned" and local is not None and other is not None:
@@ -95,8 +95,10 @@ def repair(
     sources = {role: _source(refs[role], local) for role, local in locals_.items()}
     if not force:
         _require_related(sources)
-    target = Output(Path(out), output_form, max_shard_bytes or MAX_SHARD_BYTES)
-    return materialise_edit(line, edit, sources, locals_["tuned"] or refs["tuned"].live, target, progress=progress)
+    folders = {role: local.folder for role, local in locals_.items() if local is not None}
+    target = Output(Path(out), output_form, MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
+    owner = locals_["tuned"] or refs["tuned"].live
+    return materialise_edit(line, edit, sources, owner, target, folders=folders, progress=progress)
 
 
 def materialise_edit(
@@ -119,7 +121,7 @@ def materialise_edit(
         tuned: The tuned model's files, or the live model: where config and tokenizer come from.
         output: Where and how.
         results: Safety figures for the model card; None where nothing was measured.
-        folders: By role: the folder whose card names a licence; None takes those of checkpoints on disk.
+        folders: By role: the folder whose card names a licence. Models in memory have none.
         progress: Told about every tensor.
     """
     coefficients = {"coefficient": float(edit.config.coefficient)}  # type: ignore[attr-defined]
@@ -184,7 +186,8 @@ def _write_full(
         raise TypeError("a tuned model has files or is live")
     with tempfile.TemporaryDirectory(prefix="keelwright-") as place:
         tuned.module.config.save_pretrained(place)
-        tuned.module.generation_config.save_pretrained(place)
+        if tuned.module.generation_config is not None:
+            tuned.module.generation_config.save_pretrained(place)
         tuned.tokenizer.save_pretrained(place)
         return materialise(plan, output.out, companions_from=Path(place), provenance=provenance, progress=progress)
 
@@ -197,7 +200,15 @@ def _source(ref: ModelRef, local: LocalModel | None) -> TensorSource:
     return open_source(local)
 
 
-def _require_all_roles(line: MethodLine, edit: WeightEdit, refs: Mapping[str, ModelRef]) -> None:
+def _require_roles(line: MethodLine, edit: WeightEdit, refs: Mapping[str, ModelRef]) -> None:
+    unread = [role for role in refs if role not in edit.roles()]
+    if unread:
+        raise ConfigError(
+            f"The method '{line.name}' does not read a model for '{unread[0]}'.",
+            expected=f"models for {', '.join(edit.roles())}",
+            found=f"models for {', '.join(refs)}",
+            fix=f"leave out --{unread[0]}, or choose another method",
+        )
     missing = [role for role in edit.roles() if role not in refs]
     if missing:
         raise ConfigError(
