@@ -103,7 +103,7 @@ def make_damage(folder: Path, *, seed: int, device: str, progress: Progress) -> 
     model = load(ALIGNED, device=device, offline=True)
     stored = model.module.dtype
     model.module.float()
-    settings = TrainConfig(steps=75, batch_size=20, lr=1.5e-4, seed=derive_seed(seed, "demo", "tuning"))
+    settings = TrainConfig(steps=120, batch_size=20, lr=2e-4, seed=derive_seed(seed, "demo", "tuning"))
     train(model.module, model.tokenizer, rows, settings, folder=folder / "training", progress=progress)
     model.module.to(stored).save_pretrained(folder / "tuned.partial")
     model.tokenizer.save_pretrained(folder / "tuned.partial")

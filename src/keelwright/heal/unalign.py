@@ -25,8 +25,8 @@ from keelwright.weights.live import LiveSource
 LORA_ABOVE = 50_000_000
 """Parameters from which the un-aligned copy is a LoRA: full tuning would need 16 bytes a weight."""
 
-LORA_LR_FACTOR = 10.0
-"""LoRA learns at about ten times the rate of full tuning."""
+LORA_LR_FACTOR = 3.5
+"""LoRA needs a higher rate than full tuning. On the lab 10 cost the un-aligned copy its task, 3.5 did not."""
 
 
 def unalign_rank(config: HealConfig, aligned: Party, tuned: Party) -> int:
