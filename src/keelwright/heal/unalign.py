@@ -16,7 +16,7 @@ from keelwright.data.rows import ChatRow
 from keelwright.heal.config import HealConfig
 from keelwright.heal.decide import Measured, compare_bad
 from keelwright.heal.parties import Party
-from keelwright.models.adapters import AdaptedCheckpoint, LoraFactors
+from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.loading import LoadedModel
 from keelwright.training.config import TrainConfig
 from keelwright.training.loop import train
@@ -89,6 +89,6 @@ def unaligned_copy(
     if adapter is None:
         raise TypeError("training with a LoRA rank returned no adapter")
     check(model)
-    factors = {name: LoraFactors(one.up, one.down, one.scale) for name, one in adapter.factors().items()}
+    factors = adapter.factors()
     adapter.detach()
     return AdaptedCheckpoint(base, factors=factors, text=text)

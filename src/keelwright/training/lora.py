@@ -8,23 +8,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True, slots=True)
-class LoraFactors:
-    """The change that LoRA makes to one weight: `scale * up @ down`."""
-
-    down: Tensor
-    """LoRA's A. Shape `[rank, d_in]`, float32."""
-    up: Tensor
-    """LoRA's B. Shape `[d_out, rank]`, float32."""
-    scale: float
-
-    def delta(self) -> Tensor:
-        """Return the whole change. Shape `[d_out, d_in]`, float32."""
-        return self.scale * (self.up @ self.down)
+from keelwright.models.adapters import LoraFactors
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +29,9 @@ class LoraAdapter:
         found: dict[str, LoraFactors] = {}
         for name, layer in self.base.named_modules():
             if hasattr(layer, "lora_A") and "default" in layer.lora_A:
-                down, up = (getattr(layer, side)["default"].weight for side in ("lora_A", "lora_B"))
-                found[f"{name}.weight"] = LoraFactors(
-                    down.detach().float().clone(), up.detach().float().clone(), float(layer.scaling["default"])
-                )
+                a, b = (getattr(layer, side)["default"].weight for side in ("lora_A", "lora_B"))
+                left, right = (factor.detach().float().clone() for factor in (b, a))
+                found[f"{name}.weight"] = LoraFactors(left, right, float(layer.scaling["default"]))
         return found
 
     def save(self, folder: Path) -> None:

@@ -54,7 +54,7 @@ def test_factors_added_to_the_weights_give_the_trained_model(
     assert set(factors) == names - {"lm_head.weight"}
     with torch.no_grad():
         for name, change in factors.items():
-            assert change.down.shape[0] == change.up.shape[1] == 4
+            assert change.right.shape[0] == change.left.shape[1] == 4
             model.get_parameter(name).add_(change.delta())
     torch.testing.assert_close(_logits(model), trained, rtol=1e-4, atol=1e-4)
 
@@ -91,8 +91,8 @@ def test_an_interrupted_adapter_leaves_the_model_and_resumes_to_the_same_bits(
     assert whole is not None
     assert resumed is not None
     expected, found = whole.factors(), resumed.factors()
-    assert all(torch.equal(expected[name].up, found[name].up) for name in expected)
-    assert all(torch.equal(expected[name].down, found[name].down) for name in expected)
+    assert all(torch.equal(expected[name].left, found[name].left) for name in expected)
+    assert all(torch.equal(expected[name].right, found[name].right) for name in expected)
 
 
 def test_the_global_random_state_is_left_as_it_was(
