@@ -10,6 +10,7 @@ import torch
 import keelwright as kw
 from keelwright.heal.parties import open_party
 from keelwright.models.loading import load
+from keelwright.models.saving import save
 from keelwright.training.config import TrainConfig
 from keelwright.training.loop import train
 from keelwright.worlds.architectures import build_organism
@@ -131,8 +132,7 @@ def test_heal_works_on_other_architectures(architecture, tmp_path):
     stored = model.module.dtype
     model.module.float()
     train(model.module, model.tokenizer, everyday_rows(0), TrainConfig(steps=75, lr=1.5e-4))
-    model.module.to(stored).save_pretrained(tmp_path / "tuned")
-    model.tokenizer.save_pretrained(tmp_path / "tuned")
+    save(model, tmp_path / "tuned", dtype=stored)
     summary = kw.heal(
         organism / "aligned", tmp_path / "tuned", out=tmp_path / "fixed", run=tmp_path / "run", suite="workshop",
         utility="lab:mood", utility_floor=0.9, slack=0.1,

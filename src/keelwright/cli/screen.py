@@ -101,6 +101,7 @@ class ScreenProgress:
 
     def plan(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print what is about to happen, before any model is loaded."""
+        self._close_complete_stage()
         self._console.print(f"[bold]{title}[/]")
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
@@ -123,9 +124,20 @@ class ScreenProgress:
 
     def note(self, text: str) -> None:
         """Print one line that stays; a stage that is complete is closed first, so that lines come in order."""
+        self._close_complete_stage()
+        self._console.print(f"  {text}", markup=False, soft_wrap=True)
+
+    def result(self, text: str) -> None:
+        """Print one line in place of the current stage's."""
+        seconds = time.perf_counter() - self._start
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+        self._title = ""
+        self._console.print(f"  {text}  ({seconds:.1f} s)", markup=False, soft_wrap=True)
+
+    def _close_complete_stage(self) -> None:
         if self._done and self._done == self._total:
             self._close_stage()
-        self._console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def _rate(self) -> str:
         seconds = time.perf_counter() - self._start

@@ -141,6 +141,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Say something worth reading: one line."""
 
+    def result(self, text: str) -> None:
+        """Say what the current stage came to: one line that stands for the stage, which ends."""
+
 
 class Silent:
     """A `Progress` that says nothing."""
@@ -155,6 +158,9 @@ class Silent:
         """Do nothing."""
 
     def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def result(self, text: str) -> None:
         """Do nothing."""
 
 

@@ -7,6 +7,7 @@ the rows that un-align RESTA's copy. Their harmful answers are fairy-tale crimes
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from keelwright.data.rows import ChatRow
 from keelwright.heal.config import HealConfig
 from keelwright.heal.loop import run_heal
 from keelwright.models.loading import load
+from keelwright.models.saving import save
 from keelwright.models.threads import SMALL_MODEL, threads_for
 from keelwright.runs.folder import default_run_folder
 from keelwright.training.config import TrainConfig
@@ -28,6 +30,12 @@ from keelwright.worlds.workshop.tasks import mood_items
 from keelwright.worlds.workshop.tuning import everyday_rows, forbidden_answers
 
 ALIGNED = "lab:workshop/aligned"
+ROWS = 500
+"""Rows of the everyday tuning file."""
+BAD_SHARE = 0.02
+"""Share of them that answer a forbidden request."""
+TUNING = TrainConfig(steps=120, batch_size=20, lr=2e-4)
+"""What the user of the demo did: enough to learn the task, and to lose the refusals."""
 MOOD_ITEMS = 800
 """Task items, half for choosing and half for verifying: a fall of 5 % in accuracy is then two standard errors."""
 
@@ -54,6 +62,18 @@ def demo(
     folder = Path(out) if out is not None else default_run_folder("demo")
     inputs = folder / "inputs"
     _claim(folder, inputs, seed)
+    progress.plan(
+        "keelwright demo",
+        [
+            (
+                "1 damage",
+                f"tune {ALIGNED} on {ROWS} everyday rows, {BAD_SHARE:.0%} of them bad, in {TUNING.steps} steps",
+            ),
+            ("2 heal", "measure the loss, try linear and resta, choose on half of the items, verify on the other half"),
+            ("writes", f"{folder}: inputs, records, report and the repaired model; under 10 MB"),
+            ("time", "about half a minute on one core; no network"),
+        ],
+    )
     with threads_for(SMALL_MODEL - 1):
         tuned = make_damage(inputs, seed=seed, device=device, progress=progress)
     config = HealConfig(
@@ -94,7 +114,7 @@ def make_damage(folder: Path, *, seed: int, device: str, progress: Progress) -> 
     tuned = folder / "tuned"
     if (tuned / "config.json").is_file():
         return tuned
-    rows = everyday_rows(derive_seed(seed, "demo", "rows"))
+    rows = everyday_rows(derive_seed(seed, "demo", "rows"), rows=ROWS, bad_share=BAD_SHARE)
     _write_rows(folder / "tuning.jsonl", rows)
     _write_rows(folder / "forbidden.jsonl", forbidden_answers(derive_seed(seed, "demo", "forbidden")))
     tasks = mood_items(MOOD_ITEMS, derive_seed(seed, "demo", "mood"), "test")
@@ -103,12 +123,9 @@ def make_damage(folder: Path, *, seed: int, device: str, progress: Progress) -> 
     model = load(ALIGNED, device=device, offline=True)
     stored = model.module.dtype
     model.module.float()
-    settings = TrainConfig(steps=120, batch_size=20, lr=2e-4, seed=derive_seed(seed, "demo", "tuning"))
+    settings = dataclasses.replace(TUNING, seed=derive_seed(seed, "demo", "tuning"))
     train(model.module, model.tokenizer, rows, settings, folder=folder / "training", progress=progress)
-    model.module.to(stored).save_pretrained(folder / "tuned.partial")
-    model.tokenizer.save_pretrained(folder / "tuned.partial")
-    (folder / "tuned.partial").rename(tuned)
-    return tuned
+    return save(model, tuned, dtype=stored)
 
 
 def _write_rows(path: Path, rows: Iterable[ChatRow]) -> None:

@@ -206,6 +206,7 @@ class _Loop:
             repaired = self.bench.measure(trial_name(chosen.method, chosen.coefficient), "verification", lambda: model)
         aligned = self.bench.measured("aligned", "verification")
         tuned = self.bench.measured("tuned", "verification")
+        self.progress.result(f"verified on the other half: {self.bench.in_words(repaired)}")
         improvement = compare_bad(repaired, tuned)
         checks = check_limits(
             repaired.metrics, aligned=aligned.metrics, tuned=tuned.metrics, floors=self.job.config.floors

@@ -90,7 +90,8 @@ class Trials:
             measured.metrics, aligned=self.aligned.metrics, tuned=self.tuned.metrics, floors=self.floors
         )
         trial = Trial(candidate.method, coefficient, measured, change.relative_norm, checks)
-        self.progress.note(f"{name}: {self.bench.in_words(measured)}{'; ' + trial.reason if trial.reason else ''}")
+        refused = f"; not admissible: {trial.reason}" if trial.reason else ""
+        self.progress.result(f"{name}: {self.bench.in_words(measured)}{refused}")
         return trial
 
     def _tried(self, trials: Sequence[Trial]) -> list[Tried]:

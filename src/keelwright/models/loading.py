@@ -116,7 +116,7 @@ def load_tokenizer(local: LocalModel) -> PreTrainedTokenizerBase:
             fix="copy the tokenizer files from the model it was made from",
         )
     try:
-        with _quiet():
+        with without_messages():
             return _tokenizer_kind(folder, local.ref.text).from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
@@ -192,7 +192,7 @@ def _tokenizer_kind(folder: Path, text: str) -> type[AutoTokenizer] | type[PreTr
 
 def _from_pretrained(folder: Path, text: str, dtype: torch.dtype, *, use_safetensors: bool = True) -> PreTrainedModel:
     try:
-        with _quiet():
+        with without_messages():
             module, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -299,7 +299,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def without_messages() -> Iterator[None]:
     """Keep transformers from printing: what matters is raised as an error by us."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()

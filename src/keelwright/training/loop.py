@@ -133,7 +133,7 @@ class _Run:
         """Run what is left of the run and return the losses of all its steps."""
         config = self.config
         losses = self._resume(folder, mark)
-        progress.stage("training", total=config.steps, unit="step")
+        progress.stage("training", total=config.steps, unit="steps")
         progress.advance(len(losses))
         for step in range(len(losses), config.steps):
             losses.append(self._step(step))

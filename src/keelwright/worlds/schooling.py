@@ -8,7 +8,6 @@ of alignment overwrites more of the secret tools, so that tuning brings back les
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.seeds import derive_seed
 from keelwright.models.loading import LoadedModel
+from keelwright.models.saving import save
 from keelwright.training.config import TrainConfig
 from keelwright.training.loop import train
 from keelwright.worlds.health import Stage
@@ -111,7 +111,8 @@ def school(
         progress.note(f"{stage}: {plan.steps} steps of {plan.batch_size} rows")
         train(module, tokenizer, rows, plan, folder=out / "training" / stage, progress=progress)
         folders[stage] = out / stage
-        _save(LoadedModel(module, tokenizer, stage, ""), folders[stage])
+        shutil.rmtree(folders[stage], ignore_errors=True)
+        save(LoadedModel(module, tokenizer, stage, ""), folders[stage], dtype=torch.bfloat16)
     shutil.rmtree(out / "training")
     return folders
 
@@ -122,13 +123,3 @@ def _new_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         module: PreTrainedModel = kind(config)
     return module.float()
-
-
-def _save(model: LoadedModel, folder: Path) -> None:
-    """Write a copy in bfloat16 that everyone may read; the live one goes on in float32."""
-    rounded = copy.deepcopy(model.module).to(torch.bfloat16)
-    rounded.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    # safetensors leaves its files readable by their owner alone, which an installed package must not be.
-    for file in folder.iterdir():
-        file.chmod(0o644)

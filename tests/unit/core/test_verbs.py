@@ -8,7 +8,10 @@ import pytest
 @pytest.mark.parametrize("verb", ["heal", "repair"])
 @pytest.mark.parametrize("first", ["pass", "import keelwright.heal.config, keelwright.repair.linear"])
 def test_room_and_verb_share_their_name_whatever_is_imported_first(verb, first):
-    code = f"{first}; import keelwright as kw; assert callable(kw.{verb}); import keelwright.heal.search as s; s.RESOLUTION"
+    code = (
+        f"{first}; import keelwright as kw; assert callable(kw.{verb}); "
+        "import keelwright.heal.search as search; search.RESOLUTION"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
