@@ -38,3 +38,10 @@ def test_help_stays_within_budget(command):
 def test_commands_without_a_model_stay_within_budget(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cpu_seconds([KEELWRIGHT, *command.split()]) <= 0.6
+
+
+def test_package_stays_within_the_wheel_budget():
+    # Uncompressed, so the wheel is smaller still.
+    package = Path(__file__).parents[2] / "src" / "keelwright"
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
