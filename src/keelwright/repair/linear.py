@@ -72,7 +72,7 @@ def linear(
     wide = torch.promote_types(torch.promote_types(aligned.dtype, tuned.dtype), torch.float32)
     before, after = aligned.to(wide), tuned.to(wide)
     mixed = torch.mul(before, 1.0 - coefficient).add_(torch.mul(after, coefficient))
-    return torch.where(before == after, after, mixed).to(tuned.dtype)
+    return torch.where(before == after, after, mixed, out=mixed).to(tuned.dtype)
 
 
 @dataclass(frozen=True, slots=True)

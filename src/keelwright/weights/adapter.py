@@ -65,11 +65,17 @@ def adapter_terms(edit: WeightEdit, sources: Mapping[str, TensorSource]) -> list
     if not isinstance(edit, Combination):
         return None
     weights = edit.combination()
-    if not math.isclose(sum(weights.values()), 1.0, abs_tol=_SUM_TOLERANCE):
+    if not math.isclose(sum(weights.values()), 1.0, rel_tol=0.0, abs_tol=_SUM_TOLERANCE):
         return None
-    bases = {source_digest(_base(sources[role])) for role in weights}
-    terms = [Term(adapter, weight) for role, weight in weights.items() for adapter in _adapters(sources[role])]
-    if len(bases) != 1 or not terms:
+    layout = edit.roles()[-1]
+    # The tuned model's own adapter stays even with weight 0: its settings lay out the output.
+    terms = [
+        Term(adapter, weight)
+        for role, weight in weights.items()
+        for adapter in _adapters(sources[role])
+        if weight != 0.0 or role == layout
+    ]
+    if not terms or len({source_digest(_base(sources[role])) for role in weights}) != 1:
         return None
     return terms if len(terms) == 1 or all(_can_stack(term.adapter) for term in terms) else None
 
@@ -119,7 +125,7 @@ def write_adapter(
     files = {ADAPTER_WEIGHTS: hashlib.sha256(raw).hexdigest(), **copy_tokenizer(like, partial)}
     files[ADAPTER_CONFIG] = write_text(partial / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     described = {role: {"model": source.describe(), "digest": digests[role]} for role, source in sources.items()}
-    files["README.md"] = write_text(partial / "README.md", model_card(provenance, described))
+    files["README.md"] = write_text(partial / "README.md", model_card(provenance, described, library="peft"))
     manifest = Manifest(out, files, len(tensors), len(raw), time.monotonic() - started)
     facts = {"tensors": manifest.tensors, "bytes": manifest.bytes, "seconds": manifest.seconds, "notes": []}
     lock = lock_text(provenance, described, plan_digest=digest, files=files, facts=facts)
@@ -148,7 +154,10 @@ def _scaled(folder: Path, weight: float, base: TensorSource) -> dict[str, Tensor
         module, part = split_key(key)
         if part is None:
             before = base.read(module, 0, base.entries()[module].elements).view(tensor.shape).float()
-            found[key] = ((1.0 - weight) * before + weight * tensor.float()).to(tensor.dtype)
+            after = tensor.float()
+            mixed = (1.0 - weight) * before + weight * after
+            # What training left alone stays to the bit, as in a full output.
+            found[key] = torch.where(before == after, after, mixed).to(tensor.dtype)
         else:
             # In float32 whatever the adapter stores: a 16-bit product would be rounded a second time.
             found[key] = weight * tensor.float() if part.endswith("B") else tensor
@@ -185,6 +194,7 @@ def _stacked(terms: list[Term], config: Mapping[str, Any]) -> tuple[dict[str, Te
         "layers_to_transform": None,
         "layers_pattern": None,
         "lora_dropout": 0.0,
+        "modules_to_save": None,
     }
     return tensors, settings
 

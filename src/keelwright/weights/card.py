@@ -36,18 +36,25 @@ class Provenance:
     """Seed of a method that draws random numbers."""
 
 
-def model_card(provenance: Provenance, sources: Mapping[str, Mapping[str, str]], notes: tuple[str, ...] = ()) -> str:
+def model_card(
+    provenance: Provenance,
+    sources: Mapping[str, Mapping[str, str]],
+    notes: tuple[str, ...] = (),
+    *,
+    library: str = "transformers",
+) -> str:
     """Return the text of the output's `README.md`.
 
     Args:
         provenance: How it was made.
         sources: `{"model", "digest"}` by role.
         notes: Lines about tied tensors and the like.
+        library: What loads the output: `transformers` or `peft`.
     """
     licences = {role: licence_of(folder) for role, folder in provenance.folders.items()}
     front: dict[str, Any] = {
         "base_model": [source["model"] for source in sources.values()],
-        "library_name": "transformers",
+        "library_name": library,
         "tags": ["keelwright", "merge", provenance.method],
     }
     known = {licence for licence in licences.values() if licence}

@@ -89,14 +89,22 @@ def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
     require_new_folder(out, flag="--out")
     partial = partial_folder(out)
     if not partial.exists():
-        with storage_errors(partial):
-            partial.mkdir(parents=True)
+        try:
+            with storage_errors(partial):
+                partial.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(
+                f"The folder '{partial}' cannot be made.",
+                expected="a path whose parents are folders",
+                found=os.strerror(error.errno or 0),
+                fix="choose another output folder",
+            ) from error
         write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
         return partial
     found = _begun_digest(partial)
     if found == digest:
         return partial
-    if found is None and not any(partial.iterdir()):
+    if found is None and partial.is_dir() and not any(partial.iterdir()):
         write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
         return partial
     raise StorageError(
@@ -109,7 +117,20 @@ def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
 
 def partial_folder(out: Path) -> Path:
     """Return where an output is built before it gets its name."""
-    return out.with_name(f"{out.name}.partial")
+    place = output_place(out)
+    return place.with_name(f"{place.name}.partial")
+
+
+def output_place(out: Path) -> Path:
+    """Return the folder that `out` means: `.` and links have no name of their own to build beside."""
+    return out if out.name not in ("", "..") and not out.is_symlink() else out.resolve()
+
+
+def taken_bytes(out: Path) -> int:
+    """Return how much of the disk an interrupted write of `out` has taken already."""
+    sizes = (path.stat() for path in partial_folder(out).glob("*.safetensors"))
+    # A file of its final size may still have holes; where the system counts no blocks, the size must do.
+    return sum(min(one.st_size, getattr(one, "st_blocks", one.st_size) * 512) for one in sizes)
 
 
 def _begun_digest(partial: Path) -> str | None:

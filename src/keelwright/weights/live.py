@@ -149,11 +149,12 @@ class LiveTrial:
         """
         moved, size, changed = 0.0, 0.0, 0
         for parameter, tensor in self._pairs.items():
-            before = moved
-            for part_moved, part_size in self._write(edit, parameter, tensor):
-                moved += part_moved
-                size += part_size
-            changed += moved > before
+            norms = self._write(edit, parameter, tensor)
+            # Summed per tensor first: a small move must not vanish beside the large ones before it.
+            tensor_moved = sum(part_moved for part_moved, _ in norms)
+            moved += tensor_moved
+            size += sum(part_size for _, part_size in norms)
+            changed += tensor_moved > 0.0
         return Change(math.sqrt(moved / size) if size else 0.0, changed)
 
     def undo(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,11 +20,12 @@ from keelwright.core.digests import json_digest
 from keelwright.core.errors import ConfigError, DataError, ModelMismatchError, StorageError
 from keelwright.core.protocols import Reach, TensorEntry, TensorSource, WeightEdit
 from keelwright.models.dtypes import TORCH_DTYPES
-from keelwright.models.headers import FLOAT_DTYPES
+from keelwright.models.headers import FLOAT_DTYPES, tensor_bytes
 from keelwright.models.memory import require_memory, shown_bytes
 from keelwright.models.names import tied_tensors
+from keelwright.weights.journal import taken_bytes
 from keelwright.weights.layout import Shard, lay_out
-from keelwright.weights.sources import AliasedSource, source_digest
+from keelwright.weights.sources import AliasedSource, file_stamps, source_digest
 from keelwright.weights.stream import CHUNK_ELEMENTS, effective_reach
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -68,6 +70,8 @@ class Plan:
     """Keys of `config.json` that the output must state differently from the tuned model."""
     notes: tuple[str, ...] = ()
     """What a person should know, one line each."""
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Size and time of change of every input file, as they were before the digests were taken."""
 
     @property
     def layout_role(self) -> str:
@@ -78,6 +82,11 @@ class Plan:
     def total_bytes(self) -> int:
         """Bytes of all weight files."""
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors, without the headers."""
+        return sum(tensor_bytes(one.entry) for one in self.tensors)
 
     def describe(self) -> list[tuple[str, str]]:
         """Return rows of label and text for a person, before anything is done."""
@@ -130,13 +139,16 @@ def plan_edit(
     tensors = tuple(Planned(entry, effective_reach(edit, entry)) for entry in entries.values())
     memory = _memory_bytes(tensors, len(sources))
     require_memory(memory, "This edit")
-    digests = {role: source_digest(source) for role, source in sources.items()}
+    stamps = {path: stamp for source in sources.values() for path, stamp in file_stamps(source).items()}
+    with ThreadPoolExecutor() as pool:
+        # Hashing leaves the interpreter free: the models are read side by side.
+        digests = dict(zip(sources, pool.map(source_digest, sources.values()), strict=True))
     rows = [[entry.name, entry.dtype, list(entry.shape)] for entry in entries.values()]
     # Edits are frozen dataclasses: their repr holds the method and every setting.
     digest = json_digest([repr(edit), sorted(rows), digests, max_shard_bytes])
     metadata = {"format": "pt", "keelwright": digest}
     shards = lay_out(entries.values(), max_shard_bytes=max_shard_bytes, metadata=metadata)
-    plan = Plan(edit, sources, tensors, shards, memory, digest, digests, config_changes, tuple(notes))
+    plan = Plan(edit, sources, tensors, shards, memory, digest, digests, config_changes, tuple(notes), stamps)
     if out is not None:
         require_space(plan, out)
     return plan
@@ -159,19 +171,18 @@ def untie(
     hidden: dict[str, list[str]] = {role: [] for role in sources}
     notes: list[str] = []
     for name in sorted({name for pairs in ties.values() for name in pairs} & every):
-        holding = [role for role, source in sources.items() if name in source.entries()]
-        if len(holding) == len(sources):
-            continue
-        storing = [role for role in holding if name not in ties[role]]
-        for role in sources:
-            if not storing and role in holding:
-                hidden[role].append(name)
-                notes.append(f"'{role}' stores a second copy of its tied {name}, which loaders ignore; it is left out")
-            elif storing and role not in holding and name in ties[role]:
+        storing = [role for role, source in sources.items() if name in source.entries() and name not in ties[role]]
+        for role, source in sources.items():
+            if name not in ties[role]:
+                continue
+            if storing:
                 aliases[role][name] = ties[role][name]
                 notes.append(
                     f"'{role}' ties {name} to {ties[role][name]} and '{storing[0]}' does not: the output stores both"
                 )
+            elif name in source.entries():
+                hidden[role].append(name)
+                notes.append(f"'{role}' stores a second copy of its tied {name}, which loaders ignore; it is left out")
     result = {
         role: AliasedSource(source, aliases[role], hidden=hidden[role]) if aliases[role] or hidden[role] else source
         for role, source in sources.items()
@@ -189,11 +200,6 @@ def require_same_tensors(sources: Mapping[str, TensorSource], *, layout: str) ->
         DataError: A dtype is not one that weight arithmetic understands.
     """
     for role, source in sources.items():
-        if role == layout:
-            continue
-        _require_same_names(role, source, layout, sources[layout])
-        _require_same_kinds(role, source, layout, sources[layout])
-    for role, source in sources.items():
         for entry in source.entries().values():
             if entry.dtype not in TORCH_DTYPES or entry.dtype.startswith(("F8", "C")):
                 raise DataError(
@@ -202,20 +208,24 @@ def require_same_tensors(sources: Mapping[str, TensorSource], *, layout: str) ->
                     found=f"{entry.dtype} in {source.describe()}",
                     fix="use the unquantised model that it was made from",
                 )
+    for role, source in sources.items():
+        if role == layout:
+            continue
+        _require_same_names(role, source, layout, sources[layout])
+        _require_same_kinds(role, source, layout, sources[layout])
 
 
-def require_space(plan: Plan, out: Path, *, already: int = 0) -> None:
+def require_space(plan: Plan, out: Path) -> None:
     """Raise `StorageError` when the disk of `out` lacks room for the plan.
 
     Args:
         plan: The plan.
-        out: The output folder, which need not exist.
-        already: Bytes that an interrupted write has taken already.
+        out: The output folder, which need not exist. What an interrupted write has taken already is not counted.
     """
     place = out.absolute()
     while not place.exists():
         place = place.parent
-    needed = plan.total_bytes - already + _SPARE_BYTES
+    needed = max(0, plan.total_bytes - taken_bytes(out)) + _SPARE_BYTES
     free = shutil.disk_usage(place).free
     if needed > free:
         raise StorageError(

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from keelwright.core.protocols import TensorEntry, TensorSource
 from keelwright.models.adapters import AdaptedCheckpoint
+from keelwright.models.checkpoint import Checkpoint
 from keelwright.models.headers import FLOAT_DTYPES
+from keelwright.weights.numerics import require_finite
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes
 
 # How much of a pair of models is read to tell whether they are parent and child.
@@ -77,10 +79,23 @@ def source_digest(source: TensorSource) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def file_stamps(source: TensorSource) -> dict[str, tuple[int, int]]:
+    """Return size and time of change, in nanoseconds, of every weight file that a source reads while it is used."""
+    inner = source.inner if isinstance(source, AliasedSource) else source
+    inner = inner.base if isinstance(inner, AdaptedCheckpoint) else inner
+    if not isinstance(inner, Checkpoint):
+        return {}
+    states = ((header.path, header.path.stat()) for header in inner.headers())
+    return {str(path): (state.st_size, state.st_mtime_ns) for path, state in states}
+
+
 def relative_distance(a: TensorSource, b: TensorSource) -> float:
     """Estimate `||b - a|| / ||a||` from a sample of the matrices that both hold.
 
     The sample is fixed: up to 24 matrices spread over the model, and the middle 16384 elements of each.
+
+    Raises:
+        NumericalError: The sample holds NaN or infinity.
     """
     own, others = a.entries(), b.entries()
     shared = [
@@ -93,7 +108,11 @@ def relative_distance(a: TensorSource, b: TensorSource) -> float:
     for name in shared[::step]:
         start = max(0, (own[name].elements - _SAMPLED_ELEMENTS) // 2)
         stop = min(own[name].elements, start + _SAMPLED_ELEMENTS)
-        left, right = a.read(name, start, stop).double(), b.read(name, start, stop).double()
+        left, right = a.read(name, start, stop), b.read(name, start, stop)
+        for source, values in ((a, left), (b, right)):
+            words = source.describe()
+            require_finite(values, role=words, name=name, offset=start, source=words)
+        left, right = left.double(), right.double()
         difference += float((right - left).square().sum())
         size += float(left.square().sum())
     return math.sqrt(difference / size) if size else 0.0

@@ -71,11 +71,14 @@ def walk(
     stats = _reduced(edit, sources, entry) if reach is Reach.REDUCED else None
     dtype = TORCH_DTYPES[entry.dtype]
     for start, stop in _runs(entry.elements, chunk_elements):
-        raw = _read(edit, sources, name, start, stop)
-        wide = {role: values.to(working_dtype(dtype)) for role, values in raw.items()}
+        raw = {role: sources[role].read(name, start, stop) for role in edit.roles()}
+        wide = _widened(raw, sources, entry, start)
         if reach is Reach.MATRIX:
             wide = {role: values.view(entry.shape) for role, values in wide.items()}
         result = edit.edit(name, Chunk(wide, start, entry), stats).flatten()
+        if result.numel() != stop - start:
+            # Written all the same, it would run over the next tensor's bytes.
+            raise ValueError(f"{edit!r} returned {result.numel()} values for {stop - start} elements of '{name}'")
         yield Evaluated(start, round_once(result, dtype, name=name, offset=start), raw[layout])
 
 
@@ -107,20 +110,23 @@ def _copy(
 
 def _reduced(edit: WeightEdit, sources: Mapping[str, TensorSource], entry: TensorEntry) -> Stats:
     totals: dict[str, float] = defaultdict(float)
-    wide_dtype = working_dtype(TORCH_DTYPES[entry.dtype])
     for start, stop in _runs(entry.elements, _REDUCTION_ELEMENTS):
-        raw = _read(edit, sources, entry.name, start, stop)
-        wide = {role: values.to(wide_dtype) for role, values in raw.items()}
+        raw = {role: sources[role].read(entry.name, start, stop) for role in edit.roles()}
+        wide = _widened(raw, sources, entry, start)
         for key, value in edit.reduce(entry.name, Chunk(wide, start, entry)).items():
             totals[key] += float(value)
     return dict(totals)
 
 
-def _read(edit: WeightEdit, sources: Mapping[str, TensorSource], name: str, start: int, stop: int) -> dict[str, Tensor]:
-    raw = {role: sources[role].read(name, start, stop) for role in edit.roles()}
-    for role, values in raw.items():
-        require_finite(values, role=role, name=name, offset=start, source=sources[role].describe())
-    return raw
+def _widened(
+    raw: Mapping[str, Tensor], sources: Mapping[str, TensorSource], entry: TensorEntry, offset: int
+) -> dict[str, Tensor]:
+    """Return a run of elements in the dtype that the edit is evaluated in, checked for NaN and infinity."""
+    dtype = working_dtype(TORCH_DTYPES[entry.dtype])
+    wide = {role: values.to(dtype) for role, values in raw.items()}
+    for role, values in wide.items():
+        require_finite(values, role=role, name=entry.name, offset=offset, source=sources[role].describe())
+    return wide
 
 
 def _runs(elements: int, chunk_elements: int) -> Iterator[tuple[int, int]]:

@@ -21,16 +21,25 @@ from pathlib import Path
 
 from torch import Tensor
 
-from keelwright.core.errors import NumericalError, StorageError
+from keelwright.core.errors import DataError, NumericalError, StorageError
 from keelwright.core.files import storage_errors, sync_folder, write_atomic
 from keelwright.core.protocols import Progress, Silent
 from keelwright.models.folders import INDEX
 from keelwright.weights.card import Provenance, model_card
 from keelwright.weights.companions import copy_companions, dominant_dtype
-from keelwright.weights.journal import JOURNAL_FILE, PLAN_FILE, Journal, begin, partial_folder, read_journal
+from keelwright.weights.journal import (
+    JOURNAL_FILE,
+    PLAN_FILE,
+    Journal,
+    begin,
+    output_place,
+    partial_folder,
+    read_journal,
+)
 from keelwright.weights.layout import Shard, Slot, index_json
 from keelwright.weights.lock import LOCK_FILE, lock_text
 from keelwright.weights.plan import Plan, require_space
+from keelwright.weights.sources import file_stamps
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes, evaluate
 
 _READ_BLOCK = 1 << 20
@@ -79,6 +88,7 @@ def materialise(
         StorageError: The disk is full or read-only, or the folder is in use. What is finished stays in
             `OUT.partial`, and the same call resumes it.
         NumericalError: An input holds NaN or infinity, or a value does not fit the output's dtype.
+        DataError: An input changed since the plan was made. Nothing is kept then, nor after a NumericalError.
     """
     started = time.monotonic()
     progress = progress or Silent()
@@ -86,8 +96,7 @@ def materialise(
     summary = {"method": provenance.method, "coefficients": dict(provenance.coefficients)}
     partial = begin(out, digest=plan.digest, summary=summary)
     with _kept(partial):
-        already = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        require_space(plan, out, already=already)
+        require_space(plan, out)
         files, resumed = _write_shards(plan, partial, progress, chunk_elements)
         for text in plan.notes:
             progress.note(text)
@@ -97,6 +106,7 @@ def materialise(
         if index is not None:
             files[INDEX] = write_text(partial / INDEX, index)
         files["README.md"] = write_text(partial / "README.md", model_card(provenance, _sources(plan), plan.notes))
+        _require_unchanged(plan)
         seconds = time.monotonic() - started
         manifest = Manifest(out, files, len(plan.tensors), plan.total_bytes, seconds, resumed, plan.notes)
         facts = {"tensors": manifest.tensors, "bytes": manifest.bytes, "seconds": seconds, "notes": list(plan.notes)}
@@ -116,25 +126,23 @@ def write_text(path: Path, text: str) -> str:
 
 def finish(partial: Path, out: Path) -> None:
     """Give the complete partial folder its name."""
+    place = output_place(out)
     sync_folder(partial)
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
-    sync_folder(out.absolute().parent)
+    if place.is_dir():
+        place.rmdir()
+    partial.rename(place)
+    sync_folder(place.absolute().parent)
     # Only now: a kill before the rename must find what it needs to resume.
     for name in (JOURNAL_FILE, PLAN_FILE):
-        (out / name).unlink(missing_ok=True)
+        (place / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _kept(partial: Path) -> Iterator[None]:
-    """Say in every storage error that the finished part is kept; after bad numbers, which stay bad, keep nothing."""
+    """Keep the finished part when the machine failed, and say so; drop it when an input is wrong."""
     try:
         with storage_errors(partial):
             yield
-    except NumericalError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     except StorageError as error:
         raise StorageError(
             error.problem,
@@ -142,6 +150,10 @@ def _kept(partial: Path) -> Iterator[None]:
             found=error.found,
             fix=f"{error.fix}; finished tensors are kept in '{partial}', and the same command resumes from them",
         ) from error
+    except (NumericalError, DataError):
+        # No corrected input has this plan's digest, so nothing could ever resume from it.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as error:
         if error.errno not in (errno.EFBIG, errno.EIO, errno.ENOTEMPTY):
             raise
@@ -153,6 +165,18 @@ def _kept(partial: Path) -> Iterator[None]:
         ) from error
 
 
+def _require_unchanged(plan: Plan) -> None:
+    for source in plan.sources.values():
+        for path, stamp in file_stamps(source).items():
+            if stamp != plan.stamps.get(path):
+                raise DataError(
+                    f"'{path}' was changed while it was read.",
+                    expected="the same file from the plan to the end",
+                    found="another size or time of change",
+                    fix="do not change a checkpoint while it is in use; run the command again",
+                )
+
+
 def _sources(plan: Plan) -> dict[str, dict[str, str]]:
     return {
         role: {"model": source.describe(), "digest": plan.source_digests[role]} for role, source in plan.sources.items()
@@ -162,7 +186,7 @@ def _sources(plan: Plan) -> dict[str, dict[str, str]]:
 def _write_shards(plan: Plan, partial: Path, progress: Progress, chunk_elements: int) -> tuple[dict[str, str], int]:
     """Write all weight files; return their SHA-256 and how many tensors were there already."""
     finished = read_journal(partial)
-    progress.stage("write", total=plan.total_bytes, unit="B")
+    progress.stage("write", total=plan.data_bytes, unit="B")
     handles = {shard.file: _open_shard(partial / shard.file, shard) for shard in plan.shards}
     files: dict[str, str] = {}
     resumed = 0
@@ -192,12 +216,21 @@ def _open_shard(path: Path, shard: Shard) -> int:
             os.ftruncate(handle, shard.size)
         # Reserving the room now makes a full disk fail at the start, not after an hour.
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, shard.size)
+            _reserve(handle, shard.size)
         _write_at(handle, memoryview(shard.header), 0)
     except BaseException:
         os.close(handle)
         raise
     return handle
+
+
+def _reserve(handle: int, size: int) -> None:
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        # Some network file systems cannot; the write itself then tells whether there is room.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _write_at(handle: int, view: memoryview, position: int) -> None:
@@ -207,7 +240,10 @@ def _write_at(handle: int, view: memoryview, position: int) -> None:
 
 
 class _ShardWriter:
-    """Writes one file's tensors in the order of their bytes, hashing file and tensor in a second thread."""
+    """Writes one file's tensors in the order of their bytes, hashing in a second thread.
+
+    A tensor's digest covers the file up to the tensor's end: one hash then serves the journal and the lock file.
+    """
 
     def __init__(self, handle: int, shard: Shard, pool: ThreadPoolExecutor) -> None:
         self._handle = handle
@@ -215,32 +251,29 @@ class _ShardWriter:
         self._file = hashlib.sha256(shard.header)
 
     def verify(self, slot: Slot, expected: str | None) -> bool:
-        """Tell whether the tensor's bytes on disk have the digest that the journal gives."""
+        """Tell whether the file up to the end of the tensor has the digest that the journal gives."""
         if expected is None:
             return False
-        tensor, file = hashlib.sha256(), self._file.copy()
+        file = self._file.copy()
         position = slot.begin
         while position < slot.end:
             block = os.pread(self._handle, min(_READ_BLOCK, slot.end - position), position)
             if not block:
                 return False
-            tensor.update(block)
             file.update(block)
             position += len(block)
-        if tensor.hexdigest() != expected:
+        if file.hexdigest() != expected:
             return False
         self._file = file
         return True
 
     def write(self, slot: Slot, chunks: Iterator[tuple[int, Tensor]]) -> str:
-        """Write a tensor from its chunks and return the SHA-256 of its bytes."""
-        tensor = hashlib.sha256()
+        """Write a tensor from its chunks and return the SHA-256 of the file up to its end."""
         waiting: deque[Future[None]] = deque()
 
         def put(values: Tensor, position: int) -> None:
             view = as_bytes(values)
             _write_at(self._handle, view, position)
-            tensor.update(view)
             self._file.update(view)
 
         for offset, values in chunks:
@@ -249,7 +282,7 @@ class _ShardWriter:
                 waiting.popleft().result()
         for future in waiting:
             future.result()
-        return tensor.hexdigest()
+        return self._file.hexdigest()
 
     def close(self) -> str:
         """Make the file durable and return the SHA-256 of all its bytes."""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from keelwright.core.errors import MissingError
+from keelwright.core.protocols import TensorEntry
+from keelwright.weights.companions import copy_companions, copy_tokenizer, dominant_dtype
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    for name in (
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE.txt", "modeling_x.py",
+        "pytorch_model.bin", "README.md", "additional_chat_templates/tool.jinja", "training_args.bin",
+    ):  # fmt: skip
+        (folder / name).write_text(name)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "float32"}))
+    return folder
+
+
+def test_what_a_loader_needs_is_copied_and_code_pickles_and_cards_stay_behind(model: Path, tmp_path: Path) -> None:
+    files = copy_companions(model, model, tmp_path / "out", {})
+    assert set(files) == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE.txt",
+        "additional_chat_templates/tool.jinja",
+    }  # fmt: skip
+    for name, digest in files.items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_tokenizer_can_come_from_another_folder(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "adapter"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("its own")
+    copy_companions(model, other, tmp_path / "out", {})
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "its own"
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def test_changes_replace_keys_of_the_config(model: Path, tmp_path: Path) -> None:
+    copy_companions(model, model, tmp_path / "out", {"dtype": "bfloat16", "tie_word_embeddings": False, "gone": None})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": False}
+
+
+def test_the_older_spelling_of_the_dtype_is_kept_alone(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"torch_dtype": "float32"}))
+    copy_companions(model, model, tmp_path / "out", {"dtype": "bfloat16"})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
+
+
+def test_a_model_without_config_is_missing_something(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match=r"has no config\.json"):
+        copy_companions(tmp_path / "empty", tmp_path / "empty", tmp_path / "out", {})
+
+
+def test_a_tokenizer_is_copied_alone(model: Path, tmp_path: Path) -> None:
+    assert set(copy_tokenizer(model, tmp_path / "out")) == {
+        "tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tool.jinja",
+    }  # fmt: skip
+
+
+def test_the_dtype_of_most_weights_counts() -> None:
+    entries = [TensorEntry("a", "F32", (3,)), TensorEntry("b", "BF16", (5,)), TensorEntry("c", "I64", (100,))]
+    assert dominant_dtype(entries) == "bfloat16"
+    assert dominant_dtype(entries[2:]) is None
