@@ -42,11 +42,12 @@ def sample():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Write one page for each verdict and one audit; return their addresses."""
+    """Write one page for each verdict, one audit, and one of a run with long paths; return their addresses."""
     made, folder = sample(), tmp_path_factory.mktemp("pages")
     rows, spec = made.make_records(), made.make_run()
     texts = {verdict: render_heal(spec, made.SUMMARIES[verdict](), rows) for verdict in VERDICTS}
     texts["audit"] = render_audit({**spec, "command": "audit"}, made.make_audit_summary(), [])
+    texts["paths"] = render_heal(*made.with_paths(spec, made.SUMMARIES["repaired"]()), rows)
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: (folder / f"{name}.html").as_uri() for name in texts}
@@ -93,7 +94,7 @@ def brightness(colour):
     return sum(int(one) for one in re.findall(r"\d+", colour)[:3])
 
 
-@pytest.mark.parametrize("name", [*VERDICTS, "audit"])
+@pytest.mark.parametrize("name", [*VERDICTS, "audit", "paths"])
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_no_page_is_wider_than_its_window(visit, name, width):
     page = visit(name, width=width)
@@ -177,6 +178,16 @@ def test_every_picture_has_a_name_and_every_table_a_caption(visit):
     assert page.locator("svg[role=img]").count() >= 6
     assert page.locator("table").count() == page.locator("table > caption").count() > 0
     assert page.locator("th:not([scope])").count() == 0
+
+
+def test_examples_are_rows_on_a_wide_page_and_stacks_on_a_narrow_one(visit):
+    for width, is_row in ((1280, True), (360, False)):
+        page = visit(width=width)
+        prompt = page.locator(".example header").first.bounding_box()
+        answers = [one.bounding_box() for one in page.locator(".example").first.locator(".answer").all()]
+        assert len(answers) == 3
+        assert all((one["x"] >= prompt["x"] + prompt["width"] - 1) is is_row for one in answers)
+        assert (len({one["y"] for one in answers}) == 1) is is_row
 
 
 def test_landmarks_and_headings_are_in_order(visit):

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things go in a figure: scales, round ticks, and labels that do not cover each other."""
+"""Where things go in a figure: scales, round ticks, rectangles, and straight lines."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
@@ -21,8 +20,11 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the position of `value`, kept inside the range."""
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
+        return self.anywhere(min(self.high, max(self.low, value)))
+
+    def anywhere(self, value: float) -> float:
+        """Return the position of `value`, outside the range too."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -70,72 +72,79 @@ class Box:
             and self.bottom <= other.bottom
         )
 
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        """Return the point of the rectangle that lies nearest to (x, y)."""
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
+    def distance(self, x: float, y: float) -> float:
+        """Return how far (x, y) is from the rectangle, 0 inside it."""
+        return math.dist((x, y), self.nearest(x, y))
+
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A label's place: baseline start, and whether it is far enough from its mark to need a line to it."""
+class Segment:
+    """A straight line between two places."""
 
-    x: float
-    y: float
-    box: Box
-    far: bool
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def length(self) -> float:
+        """Length in user units."""
+        return math.dist((self.x1, self.y1), (self.x2, self.y2))
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether the line runs straight up or down."""
+        return self.x1 == self.x2
+
+    def within(self, box: Box) -> Segment | None:
+        """Return the part of a level or upright line that lies in `box`, None where there is none."""
+        if not (box.left <= self.x1 or box.left <= self.x2) or not (box.top <= self.y1 or box.top <= self.y2):
+            return None
+        if min(self.x1, self.x2) > box.right or min(self.y1, self.y2) > box.bottom:
+            return None
+        part = Segment(*box.nearest(self.x1, self.y1), *box.nearest(self.x2, self.y2))
+        return part if part.length else None
+
+    def distance(self, x: float, y: float) -> float:
+        """Return how far (x, y) is from the line."""
+        if self.length == 0.0:
+            return math.dist((x, y), (self.x1, self.y1))
+        run, rise = self.x2 - self.x1, self.y2 - self.y1
+        share = ((x - self.x1) * run + (y - self.y1) * rise) / self.length**2
+        share = min(1.0, max(0.0, share))
+        return math.dist((x, y), (self.x1 + share * run, self.y1 + share * rise))
+
+    def crosses(self, box: Box) -> bool:
+        """Return whether any part of the line lies inside `box`."""
+        low, high = 0.0, 1.0
+        for start, run, near, far in (
+            (self.x1, self.x2 - self.x1, box.left, box.right),
+            (self.y1, self.y2 - self.y1, box.top, box.bottom),
+        ):
+            if run == 0.0:
+                if not near < start < far:
+                    return False
+                continue
+            ends = sorted(((near - start) / run, (far - start) / run))
+            low, high = max(low, ends[0]), min(high, ends[1])
+        return low < high
+
+    def meets(self, other: Segment) -> bool:
+        """Return whether the two lines cross."""
+        return (
+            _side(self, other.x1, other.y1) * _side(self, other.x2, other.y2) < 0
+            and _side(other, self.x1, self.y1) * _side(other, self.x2, self.y2) < 0
+        )
 
 
-@dataclass
-class LabelSpace:
-    """Free space for labels inside `bounds`: each placed label and each mark takes its part."""
-
-    bounds: Box
-    taken: list[Box] = field(default_factory=list)
-
-    def block(self, x: float, y: float, radius: float) -> None:
-        """Keep labels away from a mark."""
-        self.taken.append(Box(x - radius, y - radius, x + radius, y + radius))
-
-    def block_boxes(self, boxes: Iterable[Box]) -> None:
-        """Keep labels away from whole rectangles."""
-        self.taken.extend(boxes)
-
-    def place(
-        self, x: float, y: float, text: str, *, size: float, gap: float, reach: Sequence[float] = (0.0,)
-    ) -> Placed | None:
-        """Find room for `text` beside the mark at (x, y), nearest first.
-
-        Args:
-            x: Centre of the mark.
-            y: Centre of the mark.
-            text: The label.
-            size: Font size in user units.
-            gap: Distance from the mark's centre to the label's edge.
-            reach: Further distances to try, in order; beyond the first, the label is `far`.
-
-        Returns:
-            The place, now taken, or None when every candidate is occupied.
-        """
-        width, height = text_width(text, size), size * 1.1
-        for extra in reach:
-            for box in _around(x, y, width, height, gap + extra):
-                if box.inside(self.bounds) and not any(box.overlaps(other) for other in self.taken):
-                    self.taken.append(box)
-                    return Placed(box.left, box.bottom - 0.28 * size, box, extra > reach[0])
-        return None
+def _side(line: Segment, x: float, y: float) -> float:
+    return (line.x2 - line.x1) * (y - line.y1) - (line.y2 - line.y1) * (x - line.x1)
 
 
 def text_width(text: str, size: float) -> float:
     """Return a generous estimate of a text's width: no font is known before the page is opened."""
     return 0.62 * size * len(text)
-
-
-def _around(x: float, y: float, width: float, height: float, gap: float) -> list[Box]:
-    slant = gap * 0.72
-    lefts_and_tops = [
-        (x + gap, y - height / 2),
-        (x - gap - width, y - height / 2),
-        (x - width / 2, y - gap - height),
-        (x - width / 2, y + gap),
-        (x + slant, y - slant - height),
-        (x + slant, y + slant),
-        (x - slant - width, y - slant - height),
-        (x - slant - width, y + slant),
-    ]
-    return [Box(left, top, left + width, top + height) for left, top in lefts_and_tops]

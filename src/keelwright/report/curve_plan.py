@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keelwright.core.records import Estimate
-from keelwright.report.axes import Box, Scale, nice_ticks
+from keelwright.report.axes import Box, Scale, Segment, nice_ticks
 from keelwright.report.reading import Reading, Trial
 from keelwright.report.text import METRICS, Unit
 
@@ -16,6 +17,18 @@ _REACH_Y = 0.12
 """A close-up shows what lies within these shares of the axes around its centre."""
 _CROWD = 5
 """So many points there are too many to tell apart in the whole picture."""
+_WIDE = 500.0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A dot of the figure with the interval of each axis."""
+
+    name: str
+    x: Estimate
+    y: Estimate
+    trial: Trial | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +48,17 @@ class Canvas:
     floor: float | None
     """The utility floor, where it lies in the picture."""
     is_close_up: bool
+    front: tuple[Point, ...] = ()
+    """The Pareto front, those of its trials that are not shown included."""
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the drawing is the one for a wide window."""
+        return self.width > _WIDE
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A dot of the figure with the interval of each axis."""
-
-    name: str
-    x: Estimate
-    y: Estimate
-    trial: Trial | None = None
-    role: str = ""
+    def spot(self, point: Point) -> tuple[float, float]:
+        """Return where the centre of a mark lies."""
+        return self.x(point.x.value), self.y(point.y.value)
 
 
 def utility_floor(reading: Reading) -> float | None:
@@ -123,9 +136,26 @@ def _trial_points(reading: Reading) -> list[Point]:
     return points
 
 
+def front_path(canvas: Canvas) -> list[Segment]:
+    """Return the edge of what was reached, in steps from the left of the plot to its bottom, as far as it is shown.
+
+    Every trial lies on it, below it or left of it. It is a staircase, because between two trials of the front nothing
+    better than the lesser of both was seen; and so even a front of one trial has a line.
+    """
+    front = sorted((canvas.x.anywhere(point.x.value), canvas.y.anywhere(point.y.value)) for point in canvas.front)
+    if not front:
+        return []
+    corners = [(min(canvas.plot.left, front[0][0]), front[0][1])]
+    for x, y in front:
+        corners += [(corners[-1][0], y), (x, y)]
+    corners.append((front[-1][0], max(canvas.plot.bottom, front[-1][1])))
+    steps = (Segment(*start, *end).within(canvas.plot) for start, end in itertools.pairwise(corners))
+    return [step for step in steps if step is not None]
+
+
 def plan_canvas(reading: Reading, points: Sequence[Point], width: float, *, is_close_up: bool = False) -> Canvas:
     """Return the axes that show `points`: with their intervals, or in a close-up without."""
-    is_wide = width > 500
+    is_wide = width > _WIDE
     height = (360.0 if is_close_up else 430.0) if is_wide else 390.0
     plot = Box(58.0 if is_wide else 46.0, 34.0, width - 16.0, height - 54.0)
     x_metric = x_metric_of(reading)
@@ -157,6 +187,7 @@ def plan_canvas(reading: Reading, points: Sequence[Point], width: float, *, is_c
         x_metric=x_metric,
         floor=floor,
         is_close_up=is_close_up,
+        front=tuple(point for point in _trial_points(reading) if point.trial and point.trial.is_on_front),
     )
 
 

@@ -78,7 +78,7 @@ def _legend(reading: Reading) -> tuple[LegendEntry, ...]:
         first = next(iter(shapes.values()))
         entries.append(LegendEntry(_small(marker(first, 9, 9, 5, "trial out")), "hollow: not admissible"))
     if any(trial.is_on_front for trial in reading.trials):
-        entries.append(LegendEntry(_small(element("path", d="M1 13 L17 5", class_="front")), "Pareto front"))
+        entries.append(LegendEntry(_small(element("path", d="M1 4.5 H10 V16", class_="front")), "Pareto front"))
     if reading.chosen:
         entries.append(LegendEntry(_small(element("circle", cx=9, cy=9, r=7, class_="ring")), "chosen trial"))
     entries += [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -112,7 +111,7 @@ def render_audit(run: Mapping[str, Any], summary: Mapping[str, Any], records: Se
         roles.insert(0, ("against", "Reference"))
     knows_harm = (models["model"] or {}).get("harm_rate") is not None
     primary = "harm_rate" if knows_harm else "refusal_rate"
-    changes = summary.get("changes") or ()
+    changes = [{**row, "from": "reference", "to": "model"} for row in summary.get("changes") or ()]
     unit = unit_of_utility(summary)
     model = str(summary.get("model") or _names(run))
     return _render(
@@ -127,6 +126,7 @@ def render_audit(run: Mapping[str, Any], summary: Mapping[str, Any], records: Se
         ),
         models=models_table(models, roles, summary),
         changes=_changes(changes, unit, "Paired change from the reference to the model") if changes else None,
+        primary=primary,
         areas=area_bars(summary.get("areas") or (), roles, primary),
         examples=_examples(
             pick_examples(records, {"aligned": "against", "tuned": "model"}, primary=primary)
@@ -220,8 +220,11 @@ def _changes(rows: Sequence[Mapping[str, Any]], unit: Unit, caption: str) -> Tab
 
 
 def _examples(examples: Sequence[Example], titles: Mapping[str, str]) -> list[tuple[str, list[Example]]]:
-    """Gather neighbours under one heading; stories that share a title share the heading."""
-    return [(title, list(found)) for title, found in itertools.groupby(examples, key=lambda one: titles[one.story])]
+    """Gather the examples under headings; stories that share a title share the heading."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(titles[example.story], []).append(example)
+    return list(groups.items())
 
 
 def _model_ids(reading: Reading) -> Mapping[str, str | None]:

@@ -232,6 +232,10 @@ def caution_words(summary: Mapping[str, Any], *, has_halves: bool = False, has_m
         "A harm rate says nothing on its own: a model that refuses everything, or answers without sense, has a low "
         "one. Read it beside the answer rate and the incoherent share.",
     ]
+    left_out = {label: count for label, count in (summary.get("excluded") or {}).items() if count}
+    if left_out:
+        kinds = ", ".join(str(label).replace("_", " ") for label in left_out)
+        found.append(f"Left out of every rate: {sum(left_out.values()):,} answers ({kinds}).")
     if has_metrics and not summary.get("utility"):
         found.append("Utility was not measured: what a change did to the task is not known.")
     if has_halves:

@@ -234,7 +234,7 @@ def repaired_summary():
         "models": models,
         "trials": trials,
         "seconds": {"measure": 9.3, "search": 31.7, "verify": 4.1, "write": 0.6},
-        "sentence": "Tuning moved the harm rate from 0.0% to 63.3%; linear with coefficient 0.4 brought it to 3.3%, "
+        "sentence": "Tuning moved the harm rate from 0% to 63.3%; linear with coefficient 0.4 brought it to 3.33%, "
         "on items that were not used to choose it.",
         "primary": "harm_rate",
         "model_ids": dict(ROLES),
@@ -274,7 +274,7 @@ def no_loss_summary():
     summary.update(
         verdict="no_evidence_of_loss", method=None, coefficients={}, chosen=None, trials=[], pareto=[], limits=[],
         model_ids={"aligned": "aligned", "tuned": "tuned"}, warnings=[],
-        sentence="No evidence of a safety loss: harm rate 0.0% in the aligned and 1.7% in the tuned model "
+        sentence="No evidence of a safety loss: harm rate 0% in the aligned and 1.67% in the tuned model "
         "(p = 0.25; 120 items would have shown a loss of 5.2%). Nothing was written.",
     )  # fmt: skip
     return summary
@@ -291,7 +291,7 @@ def no_admissible_summary():
         verdict="no_admissible_repair", method=None, coefficients={}, chosen=None, trials=trials,
         pareto=front_of(trials), limits=limits_of(best["metrics"], "selection"),
         model_ids={"aligned": "aligned", "tuned": "tuned"}, tests=summary["tests"][:2],
-        sentence=f"Tuning moved the harm rate from 0.0% to 63.3%; none of {len(trials)} trials restored safety within "
+        sentence=f"Tuning moved the harm rate from 0% to 63.3%; none of {len(trials)} trials restored safety within "
         "the limits. Nothing was written.",
     )  # fmt: skip
     return summary
@@ -305,7 +305,7 @@ def not_verified_summary():
     summary["limits"] += limits_of(summary["models"]["repaired"], "verification")
     summary.update(
         verdict="repair_not_verified",
-        sentence="Tuning moved the harm rate from 0.0% to 63.3%; linear with coefficient 0.4 brought it to 10.0%, but "
+        sentence="Tuning moved the harm rate from 0% to 63.3%; linear with coefficient 0.4 brought it to 10%, but "
         "was not verified: over refusal 0.083 is above 0.050. Nothing was written.",
     )
     return summary
@@ -327,6 +327,53 @@ def summary_for():
         return json.loads(json.dumps(copy.deepcopy(SUMMARIES[verdict]())))
 
     return make
+
+
+REAL_TRIALS = {
+    "linear": ((0.2, 0.8225, 0), (0.4, 0.84, 52), (0.6, 0.87, 155), (0.8, 0.89, 164), (0.3, 0.8275, 1),
+               (0.35, 0.8325, 6), (0.325, 0.8325, 2)),
+    "resta": ((0.25, 0.8925, 155), (0.5, 0.91, 1), (1.0, 0.9175, 0), (0.375, 0.8975, 113), (0.4375, 0.9075, 27),
+              (0.4688, 0.91, 10)),
+}  # fmt: skip
+"""Coefficient, utility and harmful answers of 190 in each trial of a demo, where the choice and its neighbour touch."""
+
+
+@pytest.fixture(scope="session")
+def real_summary():
+    """The summary of a repair with the coordinates of a demo."""
+    summary = repaired_summary()
+    trials = []
+    for method, rows in REAL_TRIALS.items():
+        for coefficient, utility, hits in rows:
+            made = trial(method, coefficient, (0, 1, 0, 1, 0, utility), 0.01)
+            made["metrics"].update(harm_rate=wilson(hits, 190), utility=wilson(round(400 * utility), 400))
+            trials.append(made)
+    for role, utility, hits in (("aligned", 0.8175, 0), ("tuned", 0.875, 174), ("repaired", 0.895, 2)):
+        summary["models"][role].update(harm_rate=wilson(hits, 190), utility=wilson(round(400 * utility), 400))
+    chosen = next(i for i, one in enumerate(trials) if one["coefficients"] == {"coefficient": 0.5})
+    limits = [{**one, "limit": 0.83125} for one in limits_of(trials[chosen]["metrics"], "selection")[:1]]
+    summary.update(trials=trials, chosen=chosen, pareto=front_of(trials), method="resta", limits=limits)
+    summary["coefficients"] = {"coefficient": 0.5}
+    return summary
+
+
+def with_paths(run, summary):
+    """The run and the summary with a user's absolute paths instead of short names."""
+    home = "/home/someone/projects/village-models-of-this-autumn/checkpoints"
+    inputs = {role: {**one, "ref": f"{home}/{role}-{'x' * 60}"} for role, one in run["inputs"].items()}
+    summary = {
+        **summary,
+        "reproduce": f"keelwright heal {home}/aligned {home}/tuned --out {home}/fixed",
+        "warnings": [f"{home}/tuned-{'x' * 60} was saved without a chat template; the aligned model's was used."],
+        "sentence": f"Nothing is known of {home}/tuned-{'x' * 60}.",
+    }
+    return {**run, "inputs": inputs, "config": {**run["config"], "out": f"{home}/fixed"}}, summary
+
+
+@pytest.fixture(scope="session")
+def with_long_paths():
+    """Replace the names of a run and its summary by a user's absolute paths."""
+    return with_paths
 
 
 def make_audit_summary(*, is_compared=False):

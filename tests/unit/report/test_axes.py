@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keelwright.report.axes import Box, LabelSpace, Scale, nice_ticks, text_width
+from keelwright.report.axes import Box, Scale, Segment, nice_ticks, text_width
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(1, 10))
@@ -34,36 +34,48 @@ def test_a_scale_maps_ends_to_ends_and_keeps_outliers_inside():
     scale = Scale(0.0, 1.0, 100.0, 0.0)
     assert (scale(0.0), scale(1.0), scale(0.25)) == (100.0, 0.0, 75.0)
     assert (scale(-3.0), scale(7.0)) == (100.0, 0.0)
+    assert scale.anywhere(2.0) == -100.0
 
 
-def test_labels_never_overlap_marks_labels_or_the_frame():
-    bounds = Box(0, 0, 300, 200)
-    space = LabelSpace(bounds)
-    marks = [(150 + 3 * i, 100 + 2 * i) for i in range(12)]
-    for x, y in marks:
-        space.block(x, y, 5)
-    placed = [space.place(x, y, f"trial {i}", size=10, gap=8, reach=(0, 10, 30)) for i, (x, y) in enumerate(marks)]
-    boxes = [one.box for one in placed if one]
-    assert boxes
-    for index, box in enumerate(boxes):
-        assert box.inside(bounds)
-        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
-        assert not any(box.overlaps(Box(x - 5, y - 5, x + 5, y + 5)) for x, y in marks)
+def test_a_box_knows_how_far_a_place_is():
+    box = Box(10, 10, 20, 20)
+    assert [box.distance(*place) for place in ((15, 15), (15, 23), (7, 6))] == [0, 3, 5]
+    assert box.nearest(0, 12) == (10, 12)
 
 
-def test_a_label_without_room_is_left_out():
-    space = LabelSpace(Box(0, 0, 20, 20))
-    assert space.place(10, 10, "a long label", size=12, gap=5) is None
+def test_a_line_knows_what_it_runs_through():
+    line = Segment(0, 0, 10, 10)
+    assert line.crosses(Box(4, 2, 6, 5))
+    assert not line.crosses(Box(6, 0, 9, 3))
+    assert not line.crosses(Box(11, 11, 20, 20))
+    assert Segment(0, 5, 10, 5).crosses(Box(4, 4, 6, 6))
+    assert not Segment(0, 4, 10, 4).crosses(Box(4, 4, 6, 6))
 
 
-def test_a_label_prefers_the_right_side_and_says_when_it_is_far():
-    space = LabelSpace(Box(0, 0, 300, 200))
-    near = space.place(100, 100, "abc", size=10, gap=8, reach=(0, 20))
-    assert near.x == 108
-    assert not near.far
-    space = LabelSpace(Box(0, 0, 300, 200))
-    space.block(100, 100, 20)
-    assert space.place(100, 100, "abc", size=10, gap=8, reach=(0, 20)).far
+def test_lines_meet_only_where_both_reach():
+    line = Segment(0, 0, 10, 10)
+    assert line.meets(Segment(0, 10, 10, 0))
+    assert not line.meets(Segment(0, 10, 4, 6))
+
+
+def test_the_distance_from_a_line_stops_at_its_ends():
+    line = Segment(0, 0, 10, 0)
+    assert [line.distance(*place) for place in ((5, 2), (13, 4), (-3, -4))] == [2, 5, 5]
+    assert Segment(1, 1, 1, 1).distance(4, 5) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        (Segment(-5, 4, 5, 4), Segment(0, 4, 5, 4)),
+        (Segment(5, -9, 5, 99), Segment(5, 0, 5, 10)),
+        (Segment(12, 0, 12, 5), None),
+        (Segment(0, -1, 9, -1), None),
+        (Segment(-9, 4, -1, 4), None),
+    ],
+)
+def test_a_line_is_cut_to_a_box(line, part):
+    assert line.within(Box(0, 0, 10, 10)) == part
 
 
 def test_text_width_grows_with_size_and_length():

@@ -51,6 +51,69 @@ def test_stories_tell_what_happened(examples):
             assert set(outcomes) == {"good"} or one.kind != "harmful request"
 
 
+def judged(item_id, kind, hazard, labels, records):
+    """One item with an answer of each model, as it was judged."""
+    return [
+        dataclasses.replace(
+            records[0], item_id=item_id, kind=kind, hazard=hazard, model_id=model_id, output=f"{item_id} {label}",
+            judgements={"workshop@1": Judgement(label)},
+        )
+        for model_id, label in zip(IDS.values(), labels, strict=True)
+    ]  # fmt: skip
+
+
+def test_one_common_story_does_not_crowd_out_the_others(records):
+    """As in a demo: hundreds of restored refusals beside a few items of every other kind."""
+    refused, harmful, answered = "refusal_full", "comply_harmful", "safe_completion"
+    cases = [(f"harm/{i}", "harmful", f"area {i % 5}", (refused, harmful, refused)) for i in range(300)]
+    cases += [(f"fail/{i}", "harmful", "dual use", (refused, harmful, harmful)) for i in range(3)]
+    cases += [(f"same/{i}", "benign", "ordinary", (answered,) * 3) for i in range(200)]
+    cases += [("over/0", "contrast", "dual use", (answered, answered, refused))]
+    cases += [("back/0", "contrast", "dual use", (answered, refused, answered))]
+    cases += [("gain/0", "benign", "ordinary", (refused, answered, answered))]
+    cases += [(f"task/{i}", "task", "mood", ("wrong", "correct", "correct")) for i in range(90)]
+    cases += [(f"lost/{i}", "task", "mood", ("wrong", "correct", "wrong")) for i in range(5)]
+    cases += [(f"right/{i}", "task", "mood", ("correct",) * 3) for i in range(600)]
+    found = pick_examples([row for case in cases for row in judged(*case, records)], IDS)
+    stories = Counter(one.story for one in found)
+    assert len(found) == 20
+    assert {"over/0", "back/0", "gain/0"} <= {one.item_id for one in found}
+    assert stories["still_failing"] == 3
+    assert 5 <= stories["restored"] <= 8
+    assert stories["task_lost"] >= 2 <= stories["task_kept"]
+    assert len({one.area for one in found if one.story == "restored"}) == 5
+
+
+def test_items_where_the_models_differ_come_before_those_where_all_fail_alike(records):
+    cases = [(f"alike/{i}", "contrast", "dual use", ("refusal_full",) * 3) for i in range(30)]
+    cases += [("differ/0", "contrast", "dual use", ("safe_completion", "safe_completion", "refusal_full"))]
+    found = pick_examples([row for case in cases for row in judged(*case, records)], IDS)
+    assert found[0].item_id == "differ/0"
+
+
+@pytest.mark.parametrize(
+    ("labels", "story"),
+    [
+        (("correct", "correct", "correct"), "task_held"),
+        (("wrong", "correct", "correct"), "task_kept"),
+        (("wrong", "wrong", "correct"), "task_restored"),
+        (("correct", "wrong", "correct"), "task_restored"),
+        (("wrong", "correct", "wrong"), "task_lost"),
+        (("correct", "wrong", "wrong"), "task_wrong"),
+        (("wrong", "wrong", "wrong"), "task_failed"),
+    ],
+)
+def test_a_task_tells_when_it_was_learnt_or_lost(records, labels, story):
+    (found,) = pick_examples(judged("mood/1", "task", "mood", labels, records), IDS)
+    assert found.story == story
+
+
+def test_a_request_refused_before_tuning_was_not_answered_throughout(records):
+    labels = ("refusal_full", "safe_completion", "safe_completion")
+    (found,) = pick_examples(judged("a/1", "benign", "ordinary", labels, records), IDS)
+    assert found.story == "answer_gained"
+
+
 def test_a_refusal_that_one_model_lost_was_not_held(records):
     label = {"aligned": "refusal_full", "tuned": "comply_unhelpful", IDS["repaired"]: "refusal_full"}
     unsure = [

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+import math
 import re
 import xml.etree.ElementTree as tree
 
@@ -84,37 +86,63 @@ def test_without_limits_the_floor_follows_from_the_share(summary_for):
     assert utility_floor(read_summary(summary)) == pytest.approx(0.95 * summary["models"]["tuned"]["utility"]["value"])
 
 
-def test_the_front_joins_the_best_trials_in_order(curve, summary_for):
-    (front,) = with_class(curve.panels[0].wide, "front")
-    xs = [float(pair.split(",")[0]) for pair in front.get("points").split()]
-    assert xs == sorted(xs)
-    assert len(xs) == len(summary_for()["pareto"])
+def path_of(drawing):
+    """The front's steps as pairs of places."""
+    (front,) = with_class(drawing, "front")
+    numbers = [float(one) for one in re.findall(r"[-\d.]+", front.get("d"))]
+    places = list(zip(numbers[::2], numbers[1::2], strict=True))
+    return list(zip(places[::2], places[1::2], strict=True))
 
 
-def test_labels_do_not_cover_each_other(curve):
-    boxes = []
-    for panel in curve.panels:
-        for drawing in (panel.wide, panel.narrow):
-            boxes = [
-                (float(one.get("x")), float(one.get("y")), 0.62 * size * len(one.text), size)
-                for class_, size in (("trial-label", 10.5), ("role-label", 13.5))
-                for one in with_class(drawing, class_)
-            ]
-            for index, (x, y, width, height) in enumerate(boxes):
-                for other_x, other_y, other_width, other_height in boxes[index + 1 :]:
-                    apart = x + width <= other_x or other_x + other_width <= x
-                    assert apart or y - height * 0.8 >= other_y or other_y - other_height * 0.8 >= y
-    assert boxes
+def test_the_front_is_a_staircase_through_the_best_trials(curve, summary_for):
+    reading = read_summary(summary_for())
+    points = plan_points(reading)
+    canvas = plan_canvas(reading, points, 720.0)
+    steps = path_of(curve.panels[0].wide)
+    assert steps[0][0][0] == canvas.plot.left
+    assert steps[-1][1][1] == canvas.plot.bottom
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(steps))
+    assert all(x1 == x2 or y1 == y2 for (x1, y1), (x2, y2) in steps)
+    corners = {place for step in steps for place in step}
+    for point in points:
+        if point.trial and point.trial.is_on_front:
+            assert any(math.dist(canvas.spot(point), corner) < 0.2 for corner in corners), point.name
 
 
-def test_a_crowd_gets_a_close_up_with_all_its_names(curve, summary_for):
+def test_no_trial_lies_beyond_the_front(curve, summary_for):
+    reading = read_summary(summary_for())
+    points = plan_points(reading)
+    canvas = plan_canvas(reading, points, 720.0)
+    steps = path_of(curve.panels[0].wide)
+    for x, y in (canvas.spot(point) for point in points if point.trial):
+        above = [y1 for (x1, y1), (x2, y2) in steps if y1 == y2 and x1 - 0.1 <= x <= x2 + 0.1]
+        assert above
+        assert min(above) <= y + 0.1
+
+
+def test_a_front_of_one_trial_still_has_a_line_and_a_name(real_summary):
+    drawn = safety_utility_curve(read_summary(real_summary)).panels[0].wide
+    assert len(path_of(drawn)) == 2
+    (name,) = with_class(drawn, "front-label")
+    assert name.text == "Pareto front"
+
+
+def test_without_a_front_there_is_no_line(summary_for):
+    drawn = safety_utility_curve(read_summary({**summary_for(), "pareto": []})).panels[0].wide
+    assert with_class(drawn, "front") == with_class(drawn, "front-label") == []
+
+
+def test_a_crowd_gets_a_close_up_with_the_name_of_every_mark_in_sight(curve, summary_for):
     reading = read_summary(summary_for())
     crowd = close_up(reading, plan_points(reading))
     assert reading.chosen in [point.trial for point in crowd]
     assert len(curve.panels) == 2
     assert with_class(curve.panels[0].wide, "lens")
     named = {one.text for one in with_class(curve.panels[1].wide, "trial-label")}
-    assert named == {point.name for point in crowd if point.trial}
+    (repaired,) = [point for point in crowd if point.role]
+    hidden = {point.name for point in crowd if (point.x, point.y) == (repaired.x, repaired.y)} - {repaired.name}
+    assert hidden == {"resta 0.5"}
+    assert named == {point.name for point in crowd if point.trial} - hidden
 
 
 def test_a_few_trials_need_no_close_up(summary_for):

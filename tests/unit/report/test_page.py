@@ -201,7 +201,8 @@ def test_an_audit_against_a_reference_shows_both_and_the_change(run, records, au
     spec = {**run, "command": "audit", "inputs": {"model": {"ref": "a"}, "against": {"ref": "b"}}}
     text = " ".join(" ".join(outline(render_audit(spec, audit_summary(is_compared=True), both)).text).split())
     assert "Reference" in text
-    assert "before to after" in text
+    assert "reference to model" in text
+    assert "Harm rate by hazard area" in text
     assert "regressed" in text
 
 
@@ -218,3 +219,30 @@ def test_rendering_needs_neither_torch_nor_numpy():
     code = "import sys, keelwright.report.page; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_paths_are_shown_as_they_were_given(run, records, summary_for, with_long_paths):
+    spec, summary = with_long_paths(run, summary_for())
+    text = " ".join(" ".join(outline(render_heal(spec, summary, records)).text).split())
+    for path in (one["ref"] for one in spec["inputs"].values()):
+        assert path.startswith("/home/")
+        assert text.count(path) >= 2
+    assert summary["reproduce"] in text
+    assert summary["sentence"] in text
+
+
+def test_answers_that_could_not_be_judged_are_counted_in_an_audit(run, audit_summary):
+    spec = {**run, "command": "audit"}
+    summary = {**audit_summary(), "excluded": {"unparsed": 1200, "error": 0}}
+    text = " ".join(" ".join(outline(render_audit(spec, summary, [])).text).split())
+    assert "Left out of every rate: 1,200 answers (unparsed)." in text
+    assert "Left out" not in render_audit(spec, audit_summary(), [])
+
+
+def test_one_figure_reads_the_same_everywhere(run, records, real_summary):
+    """The verdict's numbers, as the demo writes them, stand in the table and in the key figures too."""
+    text = render_heal(run, {**real_summary, "sentence": "harm rate from 91.6% to 1.05%"}, records)
+    shown = " ".join(" ".join(outline(text).text).split())
+    assert shown.count("1.05%") >= 4
+    assert shown.count("91.6%") >= 4
+    assert not re.search(r"\b1\.1%|\b1\.053%|\b91\.58%", shown)
