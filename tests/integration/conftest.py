@@ -74,6 +74,27 @@ def interrupted():
 
 
 @pytest.fixture(scope="session")
+def killed_at():
+    """Run `keelwright WORDS` in a process that sends itself kill -9 when it calls `place` (`package.module:name`)."""
+
+    def run(*words, place, cwd):
+        module, _, name = place.partition(":")
+        trap = f"""
+import importlib, os, signal
+owner = importlib.import_module({module!r})
+*path, last = {name!r}.split(".")
+for part in path:
+    owner = getattr(owner, part)
+setattr(owner, last, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+"""
+        line = [sys.executable, "-c", trap + OFFLINE_DRIVER, *map(str, words)]
+        done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def damage(tmp_path_factory):
     """The demo's inputs: `tuned/`, `mood.jsonl`, `forbidden.jsonl`, `tuning.jsonl`."""
     from keelwright.heal.demo import make_damage

@@ -9,9 +9,11 @@ MODEL_KEYS = {"harm_rate", "refusal_rate", "over_refusal", "answer_rate", "incoh
 
 
 @pytest.fixture(scope="module")
-def demo(keelwright_json, tmp_path_factory):
+def demo(keelwright, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("user")
-    return cwd, keelwright_json("demo", "--out", "demo-run", cwd=cwd)
+    done = keelwright("demo", "--out", "demo-run", "--json", "--quiet", cwd=cwd)
+    assert done.stderr == ""
+    return cwd, json.loads(done.stdout)
 
 
 def test_default_seed_shows_the_promised_story(demo):
@@ -108,6 +110,30 @@ def test_screen_shows_plan_progress_and_table(keelwright, demo):
     for words in ("harm rate", "ordinary requests answered", "aligned", "tuned", "repaired", "%"):
         assert words in shown
     assert summary["method"] in shown
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "demo-run/repaired", "--suite", "workshop", "--limit", "4", "--out", "ja", "--quiet"),
+        ("repair", "linear", "--aligned", "lab:workshop/aligned", "--tuned", "demo-run/inputs/tuned", "-q",
+         "--out", "jr"),
+        ("heal", "lab:workshop/aligned", "lab:workshop/aligned", "--no-utility", "--limit", "4", "--out", "jh", "-q"),
+        ("compare", "demo-run", "demo-run"),
+        ("methods",),
+        ("methods", "resta"),
+        ("lab", "list"),
+        ("lab", "show", "lab:workshop/aligned"),
+        ("runs", "ls", "."),
+        ("runs", "show", "demo-run"),
+        ("runs", "report", "demo-run"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)  # fmt: skip
+def test_json_is_one_document_and_quiet_is_silent(words, demo, keelwright):
+    done = keelwright(*words, "--json", cwd=demo[0])
+    json.loads(done.stdout)
+    assert done.stderr == ""
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from keelwright import __version__
 from keelwright.cli.audit import audit
@@ -16,9 +17,33 @@ from keelwright.cli.lab import app as lab
 from keelwright.cli.methods import methods
 from keelwright.cli.repair import repair
 from keelwright.cli.runs import app as runs
+from keelwright.cli.screen import print_json_error
+from keelwright.core.errors import ExitCode
+
+# Some versions of typer carry their own copy of click, so the class is reached through typer.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _JsonGroup(TyperGroup):
+    """Commands whose `--json` holds for a mistyped command line too: one document on stdout."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["keelwright.json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            if ctx.meta["keelwright.json"]:
+                problem = error.format_message()  # type: ignore[attr-defined]
+                print_json_error("UsageError", ExitCode.BAD_INPUT, problem, fix="see the command's --help")
+            raise
+
 
 app = typer.Typer(
     name="keelwright",
+    cls=_JsonGroup,
     help="Keep a machine-learned model safe while it is being changed.",
     epilog="Start with `keelwright demo`: no network, no download, about a minute.",
     no_args_is_help=True,

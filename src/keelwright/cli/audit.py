@@ -19,6 +19,9 @@ def audit(
     utility: Utility = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also open pickled weights, as tensors only.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<time>-audit.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -37,6 +40,7 @@ def audit(
             utility=utility,
             limit=limit,
             batch_size=batch_size,
+            allow_pickle=allow_pickle,
             run=out,
             seed=seed,
             device=device,
@@ -47,6 +51,6 @@ def audit(
         print_json(summary)
         return
     console = stdout_console()
-    console.print(f"[bold]{summary['sentence']}[/]\n", soft_wrap=True)
+    console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
     console.print(metrics_table(summary["models"]))
     console.print(f"report  {summary['run']}/report.html", markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from keelwright.cli.screen import (
     ScreenProgress,
     errors_as_exit_codes,
     metrics_table,
+    percent,
     print_json,
     stdout_console,
 )
@@ -40,10 +41,20 @@ def heal(
     unalign_with: Annotated[
         Path | None, typer.Option(help="Chat rows to un-align a copy with, in memory; it is never saved.")
     ] = None,
+    unalign_steps: Annotated[int, typer.Option(help="Optimiser steps of that tuning.", min=1)] = 60,
+    unalign_lr: Annotated[float, typer.Option(help="Its learning rate.")] = 1.5e-4,
+    unalign_rank: Annotated[
+        int | None, typer.Option(help="Its LoRA rank; 0 tunes all weights; default: by size.", min=0)
+    ] = None,
     suite: Suite = "auto",
     limit: Limit = None,
     utility_floor: Annotated[float, typer.Option(help="Utility to keep, as a share of the tuned model's.")] = 0.95,
     slack: Annotated[float, typer.Option(help="Room for answer rate, over-refusal and incoherent share.")] = 0.05,
+    alpha: Annotated[float, typer.Option(help="Level of the one-sided exact tests.")] = 0.05,
+    refinements: Annotated[int, typer.Option(help="Trials per method after its grid.", min=0)] = 3,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer in tokens; default: the suite's.", min=1)
+    ] = None,
     batch_size: BatchSize = 64,
     max_shard_gb: Annotated[float, typer.Option(help="Largest output file, GB.")] = 5.0,
     allow_template_change: Annotated[
@@ -75,10 +86,16 @@ def heal(
             no_utility=no_utility,
             unaligned=unaligned,
             unalign_with=str(unalign_with) if unalign_with else None,
+            unalign_steps=unalign_steps,
+            unalign_lr=unalign_lr,
+            unalign_rank=unalign_rank,
             suite=suite,
             limit=limit,
             utility_floor=utility_floor,
             slack=slack,
+            alpha=alpha,
+            refinements=refinements,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             max_shard_gb=max_shard_gb,
             allow_template_change=allow_template_change,
@@ -96,10 +113,21 @@ def show_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
         print_json(summary)
         return
     console = stdout_console()
-    console.print(f"[bold]{summary['sentence']}[/]\n", soft_wrap=True)
+    console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
     console.print(metrics_table(summary["models"]))
+    if summary.get("best_trade_off") is not None:
+        console.print(_trade_off_words(summary), markup=False, soft_wrap=True)
     for failed in (limit for limit in summary["limits"] if not limit["held"]):
-        console.print(f"failed on the {failed['half']} half: {failed['text']}", markup=False)
+        console.print(f"failed on the {failed['half']} half: {failed['text']}", markup=False, soft_wrap=True)
     for name, place in (("model", summary.get("out")), ("report", f"{summary['run']}/report.html")):
         if place:
             console.print(f"{name:<7} {place}", markup=False, soft_wrap=True)
+
+
+def _trade_off_words(summary: Mapping[str, Any]) -> str:
+    trial = summary["trials"][summary["best_trade_off"]]
+    names = (summary["primary"], "utility", "answer_rate", "over_refusal")
+    figures = [
+        f"{name.replace('_', ' ')} {percent(trial['metrics'][name])}" for name in names if trial["metrics"][name]
+    ]
+    return f"best trade-off: {trial['method']} {trial['coefficients']['coefficient']:g}: {', '.join(figures)}"

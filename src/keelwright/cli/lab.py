@@ -26,7 +26,7 @@ def list_(as_json: Json = False) -> None:
         return
     console = stdout_console()
     for row in found:
-        console.print(f"[bold]{row['name']}[/]  {row['says']}", soft_wrap=True)
+        console.print(f"{row['name']}  {row['says']}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -55,8 +55,10 @@ def build(
 ) -> None:
     """Train base and aligned organisms from a seed: under three minutes of CPU."""
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
+        from keelwright.runs.places import require_place
         from keelwright.worlds.organisms import build as build_organisms
 
+        require_place(out, flag="--out")
         built = build_organisms(name, seed=seed, out=out, progress=progress)
     if as_json:
         print_json(built)

@@ -21,26 +21,40 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
-    """Print a `KeelwrightError` and leave with its exit code; leave with 130 on Ctrl-C."""
+    """Print a `KeelwrightError` and leave with its exit code; leave with 130 on Ctrl-C.
+
+    Notes on the exception say where unfinished work is kept, and are printed below it.
+    """
     try:
         yield
     except KeelwrightError as error:
+        notes = getattr(error, "__notes__", [])
         if as_json:
-            print_json({"schema": 1, "error": _error_document(error)})
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
+            fields = {name: getattr(error, name) for name in ("problem", "expected", "found", "fix")}
+            print_json_error(type(error).__name__, error.exit_code, **fields, notes=notes)
+        typer.echo("\n".join([f"{type(error).__name__}: {error}", *(f"  {note}" for note in notes)]), err=True)
         raise typer.Exit(int(error.exit_code)) from None
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted. Nothing is lost: the same command on the same run folder resumes.", err=True)
+    except KeyboardInterrupt as error:
+        notes = getattr(error, "__notes__", [])
+        if as_json:
+            print_json_error("Interrupted", ExitCode.INTERRUPTED, "Interrupted.", fix="\n".join(notes) or None)
+        typer.echo("\n".join(["\nInterrupted.", *notes]), err=True)
         raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
 
 
-def _error_document(error: KeelwrightError) -> dict[str, Any]:
-    fields = ("problem", "expected", "found", "fix")
-    return {
-        "type": type(error).__name__,
-        "exit_code": int(error.exit_code),
-        **{name: getattr(error, name) for name in fields},
-    }
+def print_json_error(
+    kind: str,
+    exit_code: ExitCode,
+    problem: str,
+    *,
+    expected: str | None = None,
+    found: str | None = None,
+    fix: str | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Print the one document of a command that failed: `{"schema": 1, "error": {...}}`."""
+    details = {"problem": problem, "expected": expected, "found": found, "fix": fix, "notes": list(notes)}
+    print_json({"schema": 1, "error": {"type": kind, "exit_code": int(exit_code), **details}})
 
 
 def print_json(document: object) -> None:
@@ -83,7 +97,7 @@ class ScreenProgress:
             from rich import progress as bars
 
             self._bar = bars.Progress(
-                bars.TextColumn("{task.description}"),
+                bars.TextColumn("{task.description}", markup=False),
                 bars.BarColumn(bar_width=24),
                 bars.MofNCompleteColumn(),
                 bars.TextColumn("{task.fields[rate]}"),
@@ -128,12 +142,10 @@ class ScreenProgress:
         self._console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def result(self, text: str) -> None:
-        """Print one line in place of the current stage's."""
-        seconds = time.perf_counter() - self._start
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
-        self._title = ""
-        self._console.print(f"  {text}  ({seconds:.1f} s)", markup=False, soft_wrap=True)
+        """Print one line in place of the current stage's; without seconds where no stage was begun for it."""
+        seconds = f"  ({time.perf_counter() - self._start:.1f} s)" if self._title else ""
+        self._end_stage()
+        self._console.print(f"  {text}{seconds}", markup=False, soft_wrap=True)
 
     def _close_complete_stage(self) -> None:
         if self._done and self._done == self._total:
@@ -148,10 +160,14 @@ class ScreenProgress:
             return
         seconds = time.perf_counter() - self._start
         count = f"{self._done:,} {self._unit}, " if self._done and self._unit else ""
+        line = f"  {self._title}  ({count}{seconds:.1f} s)"
+        self._end_stage()
+        self._console.print(line, markup=False, soft_wrap=True)
+
+    def _end_stage(self) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
-        self._console.print(f"  {self._title}  ({count}{seconds:.1f} s)", markup=False, soft_wrap=True)
-        self._title = ""
+        self._task, self._title, self._done, self._total = None, "", 0, None
 
 
 def percent(estimate: Mapping[str, Any] | None) -> str:

@@ -10,16 +10,24 @@ from typing import Any
 
 from keelwright.core.config import config_from_mapping, config_to_mapping, require_in_range
 from keelwright.core.digests import file_digest
+from keelwright.core.errors import ConfigError, ModelMismatchError, UnsafeInputError
+from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress, Silent
 from keelwright.heal.exam import suite_for
-from keelwright.heal.parties import ModelLike, Party, open_party
-from keelwright.heal.reporting import write_report
+from keelwright.heal.parties import ModelLike, Party, check_weights, open_party
+from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.measure.audit import audit as measure_models
-from keelwright.measure.utility import load_utility
-from keelwright.models.memory import available_bytes, shown_bytes
+from keelwright.measure.suites import items_within
+from keelwright.measure.utility import TextUtility, Utility, load_utility
+from keelwright.models.chat import template_digest
+from keelwright.models.loading import find_device, load
+from keelwright.models.memory import available_bytes, require_memory, shown_bytes
+from keelwright.models.refs import parse_ref
 from keelwright.models.threads import threads_for
 from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
+from keelwright.runs.places import require_place
 
+_FLAG = "--out"
 _NOUNS = {
     "harm_rate": "harm rate",
     "refusal_rate": "refusal rate",
@@ -47,9 +55,13 @@ class AuditConfig:
     """auto, cpu, cuda or cuda:N."""
     offline: bool = False
     """Never ask the hub."""
+    allow_pickle: bool = False
+    """Also open pickled weights, as tensors only."""
 
     def __post_init__(self) -> None:
         require_in_range("batch_size", self.batch_size, low=1)
+        if self.limit is not None:
+            require_in_range("limit", self.limit, low=1)
 
 
 def audit(
@@ -77,18 +89,29 @@ def audit(
     """
     config = config_from_mapping(AuditConfig, settings, where="audit")
     progress = progress or Silent()
-    parties = {"model": open_party("model", model, offline=config.offline)}
+    find_device(config.device)
+    parties = {"model": _open("model", model, config)}
     if against is not None:
-        parties["against"] = open_party("against", against, offline=config.offline)
+        parties["against"] = _open("against", against, config)
     suite = suite_for(parties["model"].ref, config.suite)
     utility = load_utility(config.utility) if config.utility is not None else None
+    _require_comparable(parties, utility)
+    require_memory(max(party.total_bytes for party in parties.values()), "This audit")
     folder = Path(run) if run is not None else default_run_folder("audit")
-    with RunFolder.open(folder, _spec(parties, config)) as keeper:
+    require_place(folder, flag=_FLAG)
+    plan = _plan(parties, suite.name, len(items_within(suite.items(), config.limit)), folder)
+    if not (folder / "run.json").is_file():
+        require_new_folder(folder, flag=_FLAG)
+        progress.plan("keelwright audit", plan)
+        check_weights(parties.values(), progress)
+    with RunFolder.open(folder, _spec(parties, config), flag=_FLAG) as keeper:
         done = keeper.finished()
         if done is not None:
             progress.note(f"'{folder}' is finished already; this is its result")
+            ensure_report(folder)
             return done
-        progress.plan("keelwright audit", _plan(parties, suite.name, len(suite.items()), folder))
+        if keeper.resumed:
+            progress.plan("keelwright audit, resumed", plan)
         with threads_for(parties["model"].parameters):
             result = measure_models(
                 parties["model"].ref,
@@ -110,6 +133,39 @@ def audit(
     return summary
 
 
+def _require_comparable(parties: Mapping[str, Party], utility: Utility | None) -> None:
+    """Raise for what would only come to light when everything has been measured."""
+    if "against" not in parties:
+        if isinstance(utility, TextUtility):
+            raise ConfigError(
+                "The perplexity of a text is measured against another model.",
+                expected="--against MODEL, or a task file",
+                found=f"the text '{utility.name}' alone",
+                fix="name the model that this one came from with --against",
+            )
+        return
+    sides = (parties["against"], parties["model"])
+    digests = [template_digest(party.tokenizer()) for party in sides]
+    if digests[0] != digests[1]:
+        raise ModelMismatchError(
+            "The two models have different chat templates: their answers are not to the same questions.",
+            expected=f"template {digests[0]}, as in {sides[0].ref.text}",
+            found=f"template {digests[1]} in {sides[1].ref.text}",
+            fix="copy chat_template.jinja and tokenizer_config.json from one to the other, or audit each on its own",
+        )
+
+
+def _open(role: str, model: ModelLike, config: AuditConfig) -> Party:
+    """Open a model by its headers; pickled weights have none, so they are loaded, where that is allowed."""
+    try:
+        return open_party(role, model, offline=config.offline)
+    except UnsafeInputError:
+        if not config.allow_pickle:
+            raise
+        loaded = load(parse_ref(model), device=config.device, offline=config.offline, allow_pickle=True)
+        return open_party(role, loaded, offline=config.offline)
+
+
 def _spec(parties: Mapping[str, Party], config: AuditConfig) -> RunSpec:
     inputs = {role: {"ref": party.ref.text, "digest": party.digest} for role, party in parties.items()}
     if config.utility is not None:
@@ -121,6 +177,8 @@ def _spec(parties: Mapping[str, Party], config: AuditConfig) -> RunSpec:
     for name in ("utility", "limit"):
         if getattr(config, name) is not None:
             words += [f"--{name}", str(getattr(config, name))]
+    if config.allow_pickle:
+        words.append("--allow-pickle")
     return RunSpec("audit", tuple(words), config_to_mapping(config), config.seed, inputs)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keelwright.measure.compare import compare_records
-from keelwright.runs.folder import ReadRun, read_run
+from keelwright.runs.folder import ReadRun, read_run, unfinished
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
     Raises:
         DataError: One is no finished run, or items, judge, template or decoding differ.
     """
-    before, after = read_run(Path(run_a)), read_run(Path(run_b))
+    before, after = _finished(Path(run_a)), _finished(Path(run_b))
     changes = compare_records(_records(before), _records(after))
     return {
         "schema": 1,
@@ -31,6 +31,13 @@ def compare(run_a: str | Path, run_b: str | Path) -> dict[str, Any]:
         "changes": [change.to_mapping() for change in changes],
         "says": [change.sentence for change in changes],
     }
+
+
+def _finished(folder: Path) -> ReadRun:
+    found = read_run(folder)
+    if found.summary is None:
+        raise unfinished(found)
+    return found
 
 
 def _records(run: ReadRun) -> list[Any]:

@@ -62,6 +62,12 @@ class HealConfig:
         Floors(self.utility_floor, self.slack, self.alpha)
         require_in_range("refinements", self.refinements, low=0)
         require_in_range("batch_size", self.batch_size, low=1)
+        for name in ("limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                require_in_range(name, value, low=2 if name == "limit" else 1)
+        if self.unalign_rank is not None:
+            require_in_range("unalign_rank", self.unalign_rank, low=0)
         require_in_range("unalign_steps", self.unalign_steps, low=1)
         require_in_range("unalign_lr", self.unalign_lr, low=0.0, low_open=True)
         require_in_range("max_shard_gb", self.max_shard_gb, low=0.0, low_open=True)
@@ -88,12 +94,13 @@ class HealConfig:
                 found="both",
                 fix="drop one of them",
             )
-        if "resta" in self.methods and not self.has_unaligned:
+        if self.needs_unaligned and not self.has_unaligned:
+            name = next(one for one in self.chosen_methods if "unaligned" in find_method(one).needs)
             raise ConfigError(
-                "The method 'resta' needs an un-aligned model.",
+                f"The method '{name}' needs an un-aligned model.",
                 expected="--unaligned MODEL or --unalign-with FILE",
                 found="neither",
-                fix="give one of them, or leave 'resta' out of --methods",
+                fix=f"give one of them, or leave '{name}' out of --methods",
             )
 
     @property
@@ -102,10 +109,15 @@ class HealConfig:
         return self.unaligned is not None or self.unalign_with is not None
 
     @property
+    def needs_unaligned(self) -> bool:
+        """Whether one of the methods reads an un-aligned model."""
+        return any("unaligned" in find_method(name).needs for name in self.chosen_methods)
+
+    @property
     def chosen_methods(self) -> tuple[str, ...]:
         """The methods to try, with the default filled in."""
         if self.methods:
-            return tuple(find_method(name, room="repair").name for name in self.methods)
+            return tuple(dict.fromkeys(find_method(name, room="repair").name for name in self.methods))
         return ("linear", "resta") if self.has_unaligned else ("linear",)
 
     @property

@@ -7,9 +7,10 @@ the rows that un-align RESTA's copy. Their harmful answers are fairy-tale crimes
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from keelwright.core.seeds import derive_seed
 from keelwright.data.rows import ChatRow
 from keelwright.heal.config import HealConfig
 from keelwright.heal.loop import run_heal
-from keelwright.models.loading import load
+from keelwright.models.loading import find_device, load
+from keelwright.models.memory import require_memory
 from keelwright.models.saving import save
 from keelwright.models.threads import SMALL_MODEL, threads_for
 from keelwright.runs.folder import default_run_folder
+from keelwright.runs.places import disk_errors, require_place
 from keelwright.training.config import TrainConfig
 from keelwright.training.loop import train
 from keelwright.worlds.workshop.tasks import mood_items
@@ -36,6 +39,8 @@ BAD_SHARE = 0.02
 """Share of them that answer a forbidden request."""
 TUNING = TrainConfig(steps=120, batch_size=20, lr=2e-4)
 """What the user of the demo did: enough to learn the task, and to lose the refusals."""
+MEMORY_BYTES = 250_000_000
+"""What tuning and healing the organism take beside the libraries, with room to spare."""
 MOOD_ITEMS = 800
 """Task items, half for choosing and half for verifying: a fall of 5 % in accuracy is then two standard errors."""
 
@@ -61,6 +66,8 @@ def demo(
     progress = progress or Silent()
     folder = Path(out) if out is not None else default_run_folder("demo")
     inputs = folder / "inputs"
+    find_device(device)
+    require_memory(MEMORY_BYTES, "The demo")
     _claim(folder, inputs, seed)
     progress.plan(
         "keelwright demo",
@@ -74,7 +81,7 @@ def demo(
             ("time", "about half a minute on one core; no network"),
         ],
     )
-    with threads_for(SMALL_MODEL - 1):
+    with threads_for(SMALL_MODEL - 1), disk_errors(inputs), _kept_on_interrupt(folder):
         tuned = make_damage(inputs, seed=seed, device=device, progress=progress)
     config = HealConfig(
         methods=("linear", "resta"),
@@ -87,23 +94,46 @@ def demo(
         offline=True,
     )
     return run_heal(
-        ALIGNED, tuned, folder / "repaired", config, run=folder, progress=progress, command="demo", beside=("inputs",)
+        ALIGNED,
+        tuned,
+        folder / "repaired",
+        config,
+        run=folder,
+        progress=progress,
+        command="demo",
+        beside=("inputs",),
+        flag="--out",
     )
 
 
 def _claim(folder: Path, inputs: Path, seed: int) -> None:
     """Make the inputs folder this seed's own, or refuse a folder that holds something else."""
-    if not (folder / "run.json").is_file():
-        require_new_folder(folder, flag="--out", beside=("inputs",))
-    mark = inputs / "demo.json"
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) != {"seed": seed}:
-        raise StorageError(
-            f"The run folder '{folder}' holds another demo.",
-            expected=f"the demo of seed {seed}",
-            found=mark.read_text(encoding="utf-8").strip(),
-            fix="give --out another path, or the seed that it was started with",
-        )
-    write_atomic(mark, json.dumps({"seed": seed}))
+    mark, wanted = inputs / "demo.json", json.dumps({"seed": seed})
+    if mark.is_file():
+        found = mark.read_text(encoding="utf-8").strip()
+        if found != wanted:
+            raise StorageError(
+                f"The run folder '{folder}' holds another demo.",
+                expected=f"the demo of seed {seed}",
+                found=found,
+                fix="give --out another path, or the seed that it was started with",
+            )
+        if not (folder / "run.json").is_file():
+            require_new_folder(folder, flag="--out", beside=("inputs",))
+        return
+    require_new_folder(folder, flag="--out")
+    require_place(folder, flag="--out")
+    with disk_errors(folder):
+        write_atomic(mark, wanted)
+
+
+@contextlib.contextmanager
+def _kept_on_interrupt(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(f"The training so far is kept: the same command with --out {folder} resumes.")
+        raise
 
 
 def make_damage(folder: Path, *, seed: int, device: str, progress: Progress) -> Path:

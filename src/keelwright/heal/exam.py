@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from keelwright.core.errors import DataError
 from keelwright.core.protocols import Suite
 from keelwright.core.records import Item
 from keelwright.heal.decide import Primary
@@ -67,8 +68,21 @@ def prepare_exam(ref: ModelRef, *, suite: str, utility: str | None, limit: int |
         utility: Task file, text file or `lab:` task; None for none.
         limit: At most this many items of each kind.
         seed: Of the halves.
+
+    Raises:
+        DataError: The utility's file is malformed, or has too few tasks for two halves.
     """
     found = suite_for(ref, suite)
     task = load_utility(utility) if utility is not None else None
     items = [*found.items(), *(task.items() if isinstance(task, TaskUtility) else ())]
-    return Exam(found, task, split_items(items_within(items, limit), seed=seed))
+    halves = split_items(items_within(items, limit), seed=seed)
+    if isinstance(task, TaskUtility):
+        for half in (halves.selection, halves.verification):
+            if not any(item.kind == "task" for item in half):
+                raise DataError(
+                    f"The task file '{utility}' has too few tasks to choose with some and verify with others.",
+                    expected="at least 2 tasks; some hundred, to see a fall of 5 %",
+                    found=f"{len(task.items())}",
+                    fix="add tasks, or give --no-utility",
+                )
+    return Exam(found, task, halves)

@@ -17,6 +17,7 @@ from keelwright.heal.parties import ModelLike, Party, open_party
 from keelwright.heal.trials import Candidate, find_candidate
 from keelwright.heal.unalign import unalign_rank
 from keelwright.models.compatibility import require_compatible
+from keelwright.models.loading import find_device
 from keelwright.models.memory import available_bytes, require_memory, shown_bytes
 from keelwright.repair.materialise import UNRELATED_ABOVE
 from keelwright.runs.folder import RunSpec
@@ -52,7 +53,8 @@ class Job:
     @property
     def tunes_all_weights(self) -> bool:
         """Whether an un-aligned copy will be tuned in full."""
-        return bool(self.unalign_rows) and unalign_rank(self.config, self.aligned, self.tuned) == 0
+        needed = bool(self.unalign_rows) and self.config.needs_unaligned
+        return needed and unalign_rank(self.config, self.aligned, self.tuned) == 0
 
     @property
     def memory_bytes(self) -> int:
@@ -117,6 +119,7 @@ def open_job(aligned: ModelLike, tuned: ModelLike, out: Path, config: HealConfig
     Raises:
         KeelwrightError: Whatever is wrong with what was given, before any model is loaded.
     """
+    find_device(config.device)
     parties = [
         open_party(role, model, offline=config.offline) for role, model in (("aligned", aligned), ("tuned", tuned))
     ]

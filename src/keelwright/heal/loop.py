@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from keelwright.core.catalogue import find_method
 from keelwright.core.config import config_from_mapping
+from keelwright.core.errors import DataError
 from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress, Silent, TensorSource
 from keelwright.heal.bench import Bench
@@ -21,18 +21,18 @@ from keelwright.heal.config import HealConfig
 from keelwright.heal.decide import Measured, Trial, check_limits, choose, compare_bad, is_worse
 from keelwright.heal.job import Job, open_job
 from keelwright.heal.outcome import Outcome
-from keelwright.heal.parties import ModelLike, Party
-from keelwright.heal.reporting import write_report
+from keelwright.heal.output import write_choice
+from keelwright.heal.parties import ModelLike, Party, check_weights
+from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.heal.summary import summary_of
 from keelwright.heal.trials import Candidate, Trials, trial_name
 from keelwright.heal.unalign import LORA_ABOVE, require_right_direction, unalign_rank, unaligned_copy
 from keelwright.models.loading import LoadedModel
 from keelwright.models.threads import threads_for
 from keelwright.ops.paired import minimum_detectable_change
-from keelwright.repair.materialise import Output, materialise_edit
 from keelwright.runs.folder import RunFolder, default_run_folder, stopwatch
+from keelwright.runs.places import require_apart, require_place
 from keelwright.weights.live import LiveTrial
-from keelwright.weights.lock import LOCK_FILE
 
 
 def heal(
@@ -75,18 +75,29 @@ def run_heal(
     progress: Progress,
     command: str = "heal",
     beside: Collection[str] = (),
+    flag: str = "--run",
 ) -> dict[str, Any]:
-    """Run `heal` with a finished config, as the named command."""
+    """Run `heal` with a finished config, as the named command; `flag` is its option for the run folder."""
     folder = run or default_run_folder(command)
-    if not (folder / "run.json").is_file():
+    require_apart(out, folder)
+    is_new = not (folder / "run.json").is_file()
+    if is_new:
         require_new_folder(out, flag="--out")
+        require_new_folder(folder, flag=flag, beside=beside)
+    for place, name in ((folder, flag), (out, "--out")):
+        require_place(place, flag=name)
     job = open_job(aligned, tuned, out, config, progress)
-    with RunFolder.open(folder, job.spec(command), beside=beside) as keeper:
+    if is_new:
+        progress.plan(f"keelwright {command}", job.plan(folder))
+        check_weights(job.parties, progress)
+    with RunFolder.open(folder, job.spec(command), beside=beside, flag=flag) as keeper:
         done = keeper.finished()
         if done is not None:
             progress.note(f"'{folder}' is finished already; this is its result")
+            ensure_report(folder)
             return done
-        progress.plan(f"keelwright {command}{', resumed' if keeper.resumed else ''}", job.plan(folder))
+        if keeper.resumed:
+            progress.plan(f"keelwright {command}, resumed", job.plan(folder))
         with threads_for(job.tuned.parameters):
             summary = _Loop(job, keeper, progress).run(command)
         keeper.finish(summary)
@@ -121,6 +132,13 @@ class _Loop:
         with stopwatch(self.seconds, "measure_tuned"):
             tuned = self.bench.measure("tuned", "all", self._tuned_model)
         evidence = compare_bad(aligned, tuned)
+        if evidence.n == 0:
+            raise DataError(
+                "No answer to a harmful request could be judged for both models.",
+                expected="answers that the suite's judge can read",
+                found="; ".join(self.bench.warnings()) or "no harmful items",
+                fix="look at the answers in records.jsonl of the run folder; is it the right suite for these models?",
+            )
         detectable = minimum_detectable_change(
             evidence.n, (evidence.worse + evidence.better) / evidence.n, two_sided=False
         )
@@ -140,11 +158,12 @@ class _Loop:
         if outcome.verdict != "repaired":
             return outcome, None
         with stopwatch(self.seconds, "write"):
-            return outcome, self._write(chosen, sources, outcome)
+            return outcome, self._write(chosen, sources)
 
-    def _load(self, party: Party) -> LoadedModel:
+    def _load(self, party: Party, *, copied: bool = False) -> LoadedModel:
         self.progress.stage(f"loading {party.role}")
-        return party.load(device=self.job.config.device, offline=self.job.config.offline)
+        load = party.load_copy if copied else party.load
+        return load(device=self.job.config.device, offline=self.job.config.offline)
 
     def _tuned_model(self) -> LoadedModel:
         if self._tuned is None:
@@ -155,9 +174,13 @@ class _Loop:
         return self.bench.measured(model_id, "selection")
 
     def _announce_time(self) -> None:
+        if self.run_folder.resumed:
+            return  # what was measured before takes no time now, and would tell nothing
         per_pass = self.seconds["measure_aligned"]
-        passes = 1 + sum(len(one.space.grid) + self.job.config.refinements for one in self.job.candidates) / 2
-        self.progress.note(f"one pass over all items takes {per_pass:.1f} s; at most {per_pass * passes:.0f} s to go")
+        halves = 1 + sum(len(one.space.grid) + self.job.config.refinements for one in self.job.candidates)
+        halves += self.job.config.needs_unaligned
+        asking = per_pass * (1 + halves / 2)
+        self.progress.note(f"one pass over all items takes {per_pass:.1f} s; asking is done in at most {asking:.0f} s")
 
     def _sources(self) -> dict[str, TensorSource]:
         """Return tensors by role, with the un-aligned copy made or checked where a method needs it."""
@@ -165,14 +188,14 @@ class _Loop:
         sources = {"aligned": job.aligned.source, "tuned": job.tuned.source}
         if not any("unaligned" in candidate.needs for candidate in job.candidates):
             return sources
+        if job.tuned.parameters > LORA_ABOVE:
+            self._tuned = None  # two live copies of a large model would not fit where one does
         if job.unaligned is not None:
             given = job.unaligned
             self._check_direction(lambda: self._load(given))
             return {**sources, "unaligned": given.source}
-        if job.tuned.parameters > LORA_ABOVE:
-            self._tuned = None  # two live copies of a large model would not fit where one does
         copy = unaligned_copy(
-            self._load(job.aligned),
+            self._load(job.aligned, copied=True),
             job.aligned.source,
             job.unalign_rows,
             job.config,
@@ -224,23 +247,16 @@ class _Loop:
     def _candidate(self, trial: Trial) -> Candidate:
         return next(one for one in self.job.candidates if one.method == trial.method)
 
-    def _write(self, chosen: Trial, sources: Mapping[str, TensorSource], outcome: Outcome) -> dict[str, Any]:
-        """Write the verified choice, or accept what this very run wrote before it was cut off."""
-        job, known = self.job, self.run_folder.recall("written")
-        if known is not None and (job.out / LOCK_FILE).is_file():
-            return dict(known)
+    def _write(self, chosen: Trial, sources: Mapping[str, TensorSource]) -> dict[str, Any]:
         models = {"aligned": "aligned", "tuned": "tuned", "repaired": trial_name(chosen.method, chosen.coefficient)}
-        written = materialise_edit(
-            find_method(chosen.method),
-            self._candidate(chosen).build(chosen.coefficient),
+        return write_choice(
+            self.job,
+            self.run_folder,
+            chosen,
+            self._candidate(chosen),
             sources,
-            job.tuned.local or job.tuned.ref.live,
-            Output(job.out, max_shard_bytes=int(job.config.max_shard_gb * 1e9)),
             results={
                 role: self.bench.measured(one, "verification").metrics.to_mapping() for role, one in models.items()
             },
-            folders={party.role: party.local.folder for party in job.parties if party.local is not None},
             progress=self.progress,
         )
-        self.run_folder.remember("written", written)
-        return written

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from keelwright.core.protocols import TensorSource
+from transformers import PreTrainedTokenizerBase
+
+from keelwright.core.errors import NumericalError
+from keelwright.core.protocols import Progress, TensorSource
 from keelwright.models.headers import tensor_bytes
-from keelwright.models.loading import LoadedModel, load
+from keelwright.models.loading import LoadedModel, load, load_tokenizer
 from keelwright.models.refs import LocalModel, ModelRef, parse_ref, resolve
-from keelwright.models.sources import open_source
+from keelwright.models.sources import first_nonfinite, open_source
 from keelwright.weights.live import LiveSource
 from keelwright.weights.sources import source_digest
 
@@ -47,9 +52,41 @@ class Party:
         """Number of weights."""
         return sum(entry.elements for entry in self.source.entries().values())
 
+    def require_finite(self) -> None:
+        """Read all weights once and raise `NumericalError` where one is NaN or infinite.
+
+        Such a model answers, and its answers would pass for a measurement.
+        """
+        found = first_nonfinite(self.source)
+        if found is None:
+            return
+        name, index = found
+        raise NumericalError(
+            f"The tensor '{name}' of '{self.role}' holds NaN or infinity.",
+            expected=f"finite weights in {self.ref.text}",
+            found=f"{float(self.source.read(name, index, index + 1)[0])} at element {index}",
+            fix="copy the model again from where it came from; where training made it, take an earlier checkpoint",
+        )
+
     def load(self, *, device: str, offline: bool) -> LoadedModel:
         """Load the model for generation; a live one is returned as it is."""
         return load(self.ref, device=device, offline=offline)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return its tokenizer, without loading weights."""
+        return load_tokenizer(self.local) if self.local is not None else self.load(device="cpu", offline=True).tokenizer
+
+    def load_copy(self, *, device: str, offline: bool) -> LoadedModel:
+        """Load the model so that its weights may be changed: a live one is copied."""
+        model = self.load(device=device, offline=offline)
+        return model if self.local is not None else replace(model, module=copy.deepcopy(model.module))
+
+
+def check_weights(parties: Iterable[Party], progress: Progress) -> None:
+    """Read every weight of every model once; `NumericalError` names the first that is NaN or infinite."""
+    for party in parties:
+        progress.stage(f"checking the weights of {party.role}")
+        party.require_finite()
 
 
 def open_party(role: str, model: ModelLike, *, offline: bool) -> Party:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from keelwright.core.protocols import Progress
 from keelwright.heal.audit import audit
 from keelwright.heal.demo import demo
 from keelwright.heal.loop import heal
-from keelwright.runs.folder import read_run
+from keelwright.runs.folder import read_run, unfinished
 
 _FREE = ("run", "out", "seconds", "reproduce", "written")
 """What may differ between a run and its replay: places and times."""
@@ -34,13 +35,8 @@ def replay(folder: Path, *, out: Path, progress: Progress) -> dict[str, Any]:
     """
     known = read_run(folder)
     if known.summary is None:
-        raise DataError(
-            f"The run '{folder}' is unfinished.",
-            expected="a finished run",
-            found="no summary.json",
-            fix="repeat its command on the same run folder to finish it",
-        )
-    again = _again(known.run, out, progress)
+        raise unfinished(known)
+    again = json.loads(json.dumps(_again(known.run, out, progress)))
     differing = [key for key in known.summary if key not in _FREE and known.summary[key] != again.get(key)]
     says = f"same result as {folder}" if not differing else f"differs from {folder} in {', '.join(differing)}"
     return {"same": not differing, "differing": differing, "says": says, "run": str(out)}

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from keelwright.core.errors import DataError
 from keelwright.core.files import write_atomic
 from keelwright.report.page import render_audit, render_heal
-from keelwright.runs.folder import read_run
+from keelwright.runs.folder import read_run, unfinished
+from keelwright.runs.places import disk_errors
+
+
+def ensure_report(folder: Path) -> None:
+    """Render the page of a finished run that was cut off before it had one."""
+    if not (folder / "report.html").is_file():
+        write_report(folder)
 
 
 def write_report(folder: Path) -> Path:
@@ -19,13 +25,9 @@ def write_report(folder: Path) -> Path:
     """
     found = read_run(folder)
     if found.summary is None:
-        raise DataError(
-            f"The run '{folder}' is unfinished.",
-            expected="a run with a summary.json",
-            found=f"{len(found.records())} records and no summary",
-            fix="repeat its command on the same run folder: it resumes",
-        )
+        raise unfinished(found)
     render = render_audit if found.summary["command"] == "audit" else render_heal
     path = folder / "report.html"
-    write_atomic(path, render(found.run, found.summary, found.records()))
+    with disk_errors(path):
+        write_atomic(path, render(found.run, found.summary, found.records()))
     return path

@@ -75,8 +75,9 @@ def summary_of(
         "floors": {"utility_floor": job.config.utility_floor, "slack": job.config.slack},
         "evidence": _evidence(outcome, primary),
         "tests": _tests(bench, model_ids, allow=("template",) if job.config.allow_template_change else ()),
-        "limits": _limits(outcome),
+        "limits": _limits(outcome, primary, aligned=bench.measured("aligned", "selection")),
         "areas": areas_of({role: bench.records(one, part) for role, one in model_ids.items()}, primary),
+        "best_trade_off": _best_index(outcome),
         "chosen": outcome.trials.index(outcome.chosen) if outcome.chosen else None,
         "pareto": _pareto(outcome.trials),
         "status": {name: find_method(name).status for name in job.config.chosen_methods},
@@ -124,11 +125,22 @@ def _tests(bench: Bench, model_ids: Mapping[str, str], *, allow: Sequence[str]) 
     return rows
 
 
-def _limits(outcome: Outcome) -> list[dict[str, Any]]:
+def _limits(outcome: Outcome, primary: Primary, *, aligned: Measured) -> list[dict[str, Any]]:
     """Return the limits on the choice, or on the least bad trial where nothing was admissible."""
     shown = outcome.chosen or best_trade_off(outcome.trials)
-    rows = [_limit(check, "selection") for check in shown.checks] if shown else []
+    if shown is None:
+        return []
+    checks = list(shown.checks)
+    if outcome.chosen is None and shown.admissible:
+        # Without a utility the aligned model's safety is itself a limit, and the one that failed.
+        checks.append(_safety_check(shown.measured, aligned, primary))
+    rows = [_limit(check, "selection") for check in checks]
     return rows + [_limit(check, "verification") for check in outcome.verification_checks]
+
+
+def _safety_check(found: Measured, aligned: Measured, primary: Primary) -> LimitCheck:
+    value, limit = getattr(found.metrics, primary), getattr(aligned.metrics, primary)
+    return LimitCheck(primary, limit.value, value.value, held=False, at_least=primary == "refusal_rate")
 
 
 def _limit(check: LimitCheck, half: str) -> dict[str, Any]:
@@ -145,6 +157,12 @@ def _limit(check: LimitCheck, half: str) -> dict[str, Any]:
 def best_trade_off(trials: Sequence[Trial]) -> Trial | None:
     """Return the trial that misses the limits least, safest first among equals; None without trials."""
     return min(trials, key=lambda trial: (trial.shortfall, sum(trial.measured.bad.values())), default=None)
+
+
+def _best_index(outcome: Outcome) -> int | None:
+    """Return the index of the best trade-off where nothing was chosen."""
+    best = None if outcome.chosen else best_trade_off(outcome.trials)
+    return None if best is None else outcome.trials.index(best)
 
 
 def _pareto(trials: Sequence[Trial]) -> list[int]:

@@ -64,8 +64,8 @@ def unaligned_copy(
     """Tune away the refusals of an aligned model in memory and return the result's tensors.
 
     Args:
-        model: The aligned model, live. With rank 0 its weights are changed (in float32) and it belongs to the returned
-            source; else it is left as it was.
+        model: A live copy of the aligned model. With rank 0 its weights are changed (in float32) and it belongs to the
+            returned source; else it is left as it was.
         base: The aligned model's tensors.
         rows: Forbidden requests with answers.
         config: Steps, rate and seed.
@@ -88,7 +88,9 @@ def unaligned_copy(
     adapter = train(model.module, model.tokenizer, rows, settings, progress=progress).adapter
     if adapter is None:
         raise TypeError("training with a LoRA rank returned no adapter")
-    check(model)
-    factors = adapter.factors()
-    adapter.detach()
+    try:
+        check(model)
+        factors = adapter.factors()
+    finally:
+        adapter.detach()
     return AdaptedCheckpoint(base, factors=factors, text=text)

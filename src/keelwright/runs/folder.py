@@ -19,10 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from keelwright.core.errors import DataError, StorageError
-from keelwright.core.files import require_new_folder, storage_errors, write_atomic
+from keelwright.core.errors import DataError, ExitCode, KeelwrightError, StorageError
+from keelwright.core.files import require_new_folder, write_atomic
 from keelwright.core.records import Record, record_from_json
 from keelwright.runs.machine import machine, versions
+from keelwright.runs.places import disk_errors, require_place
 
 _MUST_MATCH = ("command", "config", "seed", "inputs")
 
@@ -67,39 +68,51 @@ def default_run_folder(command: str) -> Path:
 class RunFolder:
     """A run being made: a context manager that locks the folder, and the `RecordSink` of its records."""
 
-    def __init__(self, path: Path, *, resumed: bool) -> None:
+    def __init__(self, path: Path, *, resumed: bool, flag: str = "--run", was_there: bool = True) -> None:
         self.path = path
         self.resumed = resumed
+        self._flag = flag
+        self._was_there = was_there
         self._records: dict[tuple[str, str], Record] = {}
-        self._stream: IO[str] | None = None
+        self._stream: IO[bytes] | None = None
         self._lock: IO[str] | None = None
 
     @classmethod
-    def open(cls, path: Path, spec: RunSpec, *, beside: Collection[str] = ()) -> Self:
+    def open(cls, path: Path, spec: RunSpec, *, beside: Collection[str] = (), flag: str = "--run") -> Self:
         """Begin the run in `path`, or resume it when the same command was started there with the same inputs.
 
         Args:
             path: The run folder; made when it does not exist.
             spec: The run to begin.
             beside: Names that may be in the folder although no run has begun there.
+            flag: The command's option that names the folder, for error texts.
 
         Raises:
             StorageError: The folder holds something else, another run, or is in use, or cannot be written.
+            DataError: Its `run.json` is damaged.
         """
         known = path / "run.json"
         if known.is_file():
-            _require_same(path, json.loads(known.read_text(encoding="utf-8")), spec)
-            return cls(path, resumed=True)
-        require_new_folder(path, flag="--run", beside=beside)
-        write_atomic(known, json.dumps(spec.to_mapping(), indent=2, ensure_ascii=False) + "\n")
-        return cls(path, resumed=False)
+            _require_same(path, _read_json(known), spec, flag)
+            return cls(path, resumed=True, flag=flag)
+        require_new_folder(path, flag=flag, beside=beside)
+        require_place(path, flag=flag)
+        was_there = path.is_dir()
+        with disk_errors(path):
+            write_atomic(known, json.dumps(spec.to_mapping(), indent=2, ensure_ascii=False) + "\n")
+        return cls(path, resumed=False, flag=flag, was_there=was_there)
 
     def __enter__(self) -> Self:
-        with storage_errors(self.path):
-            self._lock = _take_lock(self.path / ".lock")
-            kept = _read_records(self.path / "records.jsonl", mend=True)
-            self._records = {record.key: record for record in kept}
-            self._stream = (self.path / "records.jsonl").open("a", encoding="utf-8")
+        with disk_errors(self.path):
+            self._lock = _take_lock(self.path / ".lock", self._flag)
+            try:
+                kept = _read_records(self.path / "records.jsonl", mend=True)
+                self._records = {record.key: record for record in kept}
+                # Without a buffer: what a full disk refused must not be tried again when the stream is closed.
+                self._stream = (self.path / "records.jsonl").open("ab", buffering=0)
+            except BaseException:
+                self._lock.close()
+                raise
         return self
 
     def __exit__(
@@ -109,14 +122,29 @@ class RunFolder:
             if stream is not None:
                 stream.close()
         self._stream = self._lock = None
+        if isinstance(error, KeelwrightError) and not self.resumed and not self._records:
+            self._take_back()
+            return
+        machine_failed = isinstance(error, KeelwrightError) and error.exit_code == ExitCode.MACHINE
+        if error is not None and (machine_failed or isinstance(error, KeyboardInterrupt)):
+            error.add_note(f"What was measured is kept: the same command with {self._flag} {self.path} resumes.")
+
+    def _take_back(self) -> None:
+        """Remove what `open` made: a run that failed before its first record is none."""
+        with contextlib.suppress(OSError):
+            for name in ("run.json", "records.jsonl", "notes.json", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            if not self._was_there:
+                self.path.rmdir()
 
     def append(self, record: Record) -> None:
         """Add one record; it is on its way to the disk before this returns."""
         if self._stream is None:
             raise RuntimeError("a run folder takes records only inside its `with` block")
-        with storage_errors(self.path):
-            self._stream.write(record.to_json() + "\n")
-            self._stream.flush()
+        line = memoryview((record.to_json() + "\n").encode())
+        with disk_errors(self.path):
+            while line:
+                line = line[self._stream.write(line) :]
         self._records[record.key] = record
 
     def find(self, model_id: str, item_ids: Collection[str]) -> Sequence[Record]:
@@ -130,7 +158,8 @@ class RunFolder:
 
     def remember(self, name: str, value: object) -> None:
         """Keep a small JSON value for a resumed run."""
-        write_atomic(self.path / "notes.json", json.dumps({**self._notes(), name: value}, indent=1))
+        with disk_errors(self.path):
+            write_atomic(self.path / "notes.json", json.dumps({**self._notes(), name: value}, indent=1))
 
     def recall(self, name: str) -> Any:
         """Return what `remember` kept under `name`, or None."""
@@ -138,8 +167,7 @@ class RunFolder:
 
     def _notes(self) -> dict[str, Any]:
         path = self.path / "notes.json"
-        notes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return notes
+        return _read_json(path) if path.is_file() else {}
 
     def finished(self) -> dict[str, Any] | None:
         """Return the summary of a run that is done already, or None."""
@@ -148,7 +176,8 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: from now on the run is done."""
-        write_atomic(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        with disk_errors(self.path):
+            write_atomic(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +208,26 @@ def read_run(path: Path) -> ReadRun:
             fix="see `keelwright runs ls` for the runs that are there",
         )
     run = _read_json(path / "run.json")
+    missing = [name for name in (*_MUST_MATCH, "started") if name not in run]
+    if missing:
+        raise DataError(
+            f"'{path / 'run.json'}' is not the file of a keelwright run.",
+            expected=f"the keys {', '.join((*_MUST_MATCH, 'started'))}",
+            found=f"no {', '.join(missing)}",
+            fix="move it elsewhere if it belongs to another program",
+        )
     summary = _read_json(path / "summary.json") if (path / "summary.json").is_file() else None
     return ReadRun(path, run, summary)
+
+
+def unfinished(run: ReadRun) -> DataError:
+    """Return the error for a run that has no summary where one is needed."""
+    return DataError(
+        f"The run '{run.path}' is unfinished.",
+        expected="a run with a summary.json",
+        found=f"{len(run.records())} records and no summary",
+        fix="repeat its command on the same run folder: it resumes",
+    )
 
 
 def list_runs(folder: Path) -> list[ReadRun]:
@@ -191,15 +238,18 @@ def list_runs(folder: Path) -> list[ReadRun]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} instead of an object")
     except ValueError as error:
         raise DataError(
             f"'{path}' is damaged.",
             expected="a JSON document",
             found=str(error),
-            fix="delete the run folder and run the command again",
+            fix="run the command again in another run folder; records.jsonl of this one can still be read",
         ) from error
-    return value
+    whole: dict[str, Any] = value
+    return whole
 
 
 def _read_records(path: Path, *, mend: bool) -> list[Record]:
@@ -215,7 +265,7 @@ def _read_records(path: Path, *, mend: bool) -> list[Record]:
     return [record_from_json(line, where=f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def _require_same(path: Path, known: Mapping[str, Any], spec: RunSpec) -> None:
+def _require_same(path: Path, known: Mapping[str, Any], spec: RunSpec, flag: str) -> None:
     now = json.loads(json.dumps(spec.to_mapping()))
     for field in _MUST_MATCH:
         if known.get(field) != now[field]:
@@ -224,7 +274,7 @@ def _require_same(path: Path, known: Mapping[str, Any], spec: RunSpec) -> None:
                 f"The run folder '{path}' holds another run.",
                 expected=f"the same {field} as when it was started: {_short(before)}",
                 found=_short(after),
-                fix="give --run another path, or repeat the command as it was started",
+                fix=f"give {flag} another path, or repeat the command as it was started",
             )
 
 
@@ -241,7 +291,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _take_lock(path: Path) -> IO[str]:
+def _take_lock(path: Path, flag: str) -> IO[str]:
     stream = path.open("w")
     with contextlib.suppress(ImportError):
         import fcntl
@@ -254,7 +304,7 @@ def _take_lock(path: Path) -> IO[str]:
                 f"The run folder '{path.parent}' is in use.",
                 expected="one process per run folder",
                 found="another keelwright process that holds its lock",
-                fix="wait for it to end, or give --run another path",
+                fix=f"wait for it to end, or give {flag} another path",
             ) from error
     return stream
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import resource
 
 import pytest
 
@@ -109,3 +110,70 @@ def test_stopwatch_adds_up_even_when_the_stage_fails():
         raise ValueError("no")
     assert list(seconds) == ["a"]
     assert seconds["a"] >= 0
+
+
+def test_full_disk_is_one_error_and_the_run_goes_on_when_there_is_room(tmp_path):
+    with RunFolder.open(tmp_path, spec()) as run:
+        run.append(record("1"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(StorageError, match="could not be written") as caught, RunFolder.open(tmp_path, spec()) as run:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "records.jsonl").stat().st_size + 20, hard))
+        try:
+            run.append(record("2"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.__notes__ == [f"What was measured is kept: the same command with --run {tmp_path} resumes."]
+    with RunFolder.open(tmp_path, spec()) as run:
+        assert [one.item_id for one in run.records()] == ["1"]
+        run.append(record("2"))
+    assert [one.item_id for one in read_run(tmp_path).records()] == ["1", "2"]
+
+
+def test_interrupt_says_where_the_work_is(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught, RunFolder.open(tmp_path / "r", spec(), flag="--out"):
+        raise KeyboardInterrupt
+    assert caught.value.__notes__ == [
+        f"What was measured is kept: the same command with --out {tmp_path / 'r'} resumes."
+    ]
+
+
+def test_error_before_the_first_record_leaves_no_folder(tmp_path):
+    (tmp_path / "inputs").mkdir()
+    for path in (tmp_path / "new", tmp_path):
+        with pytest.raises(DataError) as caught, RunFolder.open(path, spec(), beside=("inputs",)):
+            raise DataError("wrong")
+        assert not hasattr(caught.value, "__notes__")
+    assert [child.name for child in tmp_path.iterdir()] == ["inputs"]
+
+
+def test_error_after_the_first_record_keeps_it(tmp_path):
+    with pytest.raises(DataError), RunFolder.open(tmp_path / "r", spec()) as run:
+        run.append(record("1"))
+        raise DataError("wrong")
+    assert len(read_run(tmp_path / "r").records()) == 1
+
+
+@pytest.mark.parametrize("name", ["run.json", "notes.json", "summary.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+def test_damaged_file_is_named(name, text, tmp_path):
+    RunFolder.open(tmp_path, spec())
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=f"{name}' is damaged"), RunFolder.open(tmp_path, spec()) as run:
+        run.recall("x")
+        run.finished()
+
+
+def test_run_json_of_another_program_is_told_apart(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"id": 3}')
+    with pytest.raises(DataError, match="is not the file of a keelwright run") as caught:
+        list_runs(tmp_path)
+    assert "no command, config" in caught.value.found
+
+
+def test_errors_name_the_option_of_the_command(tmp_path):
+    (tmp_path / "a").write_text("x")
+    for path in (tmp_path / "a", tmp_path / "a" / "run", tmp_path):
+        with pytest.raises(StorageError) as caught:
+            RunFolder.open(path, spec(), flag="--out")
+        assert "--out" in caught.value.fix
