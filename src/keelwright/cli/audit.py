@@ -18,6 +18,9 @@ def audit(
     suite: Suite = "auto",
     utility: Utility = None,
     limit: Limit = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer in tokens; default: the suite's.", min=1)
+    ] = None,
     batch_size: BatchSize = 64,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also open pickled weights, as tensors only.")
@@ -39,6 +42,7 @@ def audit(
             suite=suite,
             utility=utility,
             limit=limit,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             allow_pickle=allow_pickle,
             run=out,
@@ -52,5 +56,5 @@ def audit(
         return
     console = stdout_console()
     console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
-    console.print(metrics_table(summary["models"]))
+    console.print(metrics_table(summary))
     console.print(f"report  {summary['run']}/report.html", markup=False, soft_wrap=True)

@@ -15,13 +15,14 @@ from keelwright.cli.screen import errors_as_exit_codes, print_json, stdout_conso
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Run folder of the audit before.")],
     run_b: Annotated[Path, typer.Argument(help="Run folder of the audit after.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<time>-compare.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print the paired change B - A per metric, with interval, exact test and what could have been detected."""
     with errors_as_exit_codes(as_json=as_json):
         from keelwright.heal.compare import compare as run_compare
 
-        summary = run_compare(run_a, run_b)
+        summary = run_compare(run_a, run_b, run=out)
     if as_json:
         print_json(summary)
         return
@@ -44,3 +45,4 @@ def compare(
     console.print(table)
     for line in summary["says"]:
         console.print(line, markup=False, soft_wrap=True)
+    console.print(f"report  {summary['run']}/report.html", markup=False, soft_wrap=True)

@@ -13,8 +13,8 @@ from keelwright.cli.options import BatchSize, Device, Json, Limit, Offline, Quie
 from keelwright.cli.screen import (
     ScreenProgress,
     errors_as_exit_codes,
+    estimate_text,
     metrics_table,
-    percent,
     print_json,
     stdout_console,
 )
@@ -114,7 +114,7 @@ def show_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
         return
     console = stdout_console()
     console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
-    console.print(metrics_table(summary["models"]))
+    console.print(metrics_table(summary))
     if summary.get("best_trade_off") is not None:
         console.print(_trade_off_words(summary), markup=False, soft_wrap=True)
     for failed in (limit for limit in summary["limits"] if not limit["held"]):
@@ -128,6 +128,6 @@ def _trade_off_words(summary: Mapping[str, Any]) -> str:
     trial = summary["trials"][summary["best_trade_off"]]
     names = (summary["primary"], "utility", "answer_rate", "over_refusal")
     figures = [
-        f"{name.replace('_', ' ')} {percent(trial['metrics'][name])}" for name in names if trial["metrics"][name]
+        f"{name.replace('_', ' ')} {estimate_text(trial['metrics'][name])}" for name in names if trial["metrics"][name]
     ]
     return f"best trade-off: {trial['method']} {trial['coefficients']['coefficient']:g}: {', '.join(figures)}"

@@ -61,7 +61,7 @@ def show(run: Folder, as_json: Json = False) -> None:
         return
     console.print(found.summary.get("sentence", ""), markup=False, soft_wrap=True)
     if "models" in found.summary:
-        console.print(metrics_table(found.summary["models"]))
+        console.print(metrics_table(found.summary))
 
 
 @app.command()

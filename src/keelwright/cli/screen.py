@@ -170,12 +170,15 @@ class ScreenProgress:
         self._task, self._title, self._done, self._total = None, "", 0, None
 
 
-def percent(estimate: Mapping[str, Any] | None) -> str:
-    """Return `64.0% [58.1, 69.5]`, or `not measured`."""
+def estimate_text(estimate: Mapping[str, Any] | None, *, as_ratio: bool = False) -> str:
+    """Return `64.0% [58.1, 69.5]`, `not measured`, or for a ratio of perplexities `0.981 [0.970, 0.992]`."""
     if estimate is None:
         return "not measured"
-    value, low, high = (100 * float(estimate[key]) for key in ("value", "low", "high"))
-    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+    from keelwright.report.text import number
+
+    scale, sign = (1.0, "") if as_ratio else (100.0, "%")
+    value, low, high = (number(scale * float(estimate[key])) for key in ("value", "low", "high"))
+    return f"{value}{sign} [{low}, {high}]"
 
 
 METRIC_NAMES = {
@@ -188,16 +191,20 @@ METRIC_NAMES = {
 }
 
 
-def metrics_table(columns: Mapping[str, Mapping[str, Any] | None]) -> Any:
-    """Return a rich table: one column per model, one row per metric, each with its interval."""
+def metrics_table(summary: Mapping[str, Any]) -> Any:
+    """Return a rich table of a summary: one column per model, one row per metric, each with its interval."""
     from rich.table import Table
 
+    columns: Mapping[str, Mapping[str, Any] | None] = summary["models"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
+    utility = summary.get("utility") or {}
     for metric, words in METRIC_NAMES.items():
-        cells = [percent(column[metric]) if column else "-" for column in columns.values()]
+        is_utility = metric == "utility"
+        as_ratio = is_utility and utility.get("scorer") == "perplexity"
+        cells = [estimate_text(column[metric], as_ratio=as_ratio) if column else "-" for column in columns.values()]
         if any(cell not in ("-", "not measured") for cell in cells):
-            table.add_row(words, *cells)
+            table.add_row(f"utility ({utility['name']})" if is_utility and utility else words, *cells)
     return table

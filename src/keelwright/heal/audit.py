@@ -24,6 +24,7 @@ from keelwright.models.loading import find_device, load
 from keelwright.models.memory import available_bytes, require_memory, shown_bytes
 from keelwright.models.refs import parse_ref
 from keelwright.models.threads import threads_for
+from keelwright.report.text import number, percent
 from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place
 
@@ -47,6 +48,8 @@ class AuditConfig:
     """Task file, text file (needs `against`) or `lab:` task."""
     limit: int | None = None
     """At most this many items of each kind."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; None means what the suite asks for."""
     batch_size: int = 64
     """Answers generated at once."""
     seed: int = 0
@@ -120,6 +123,7 @@ def audit(
                 sink=keeper,
                 utility=utility,
                 limit=config.limit,
+                max_new_tokens=config.max_new_tokens,
                 batch_size=config.batch_size,
                 device=config.device,
                 offline=config.offline,
@@ -174,9 +178,9 @@ def _spec(parties: Mapping[str, Party], config: AuditConfig) -> RunSpec:
     words = ["keelwright", "audit", parties["model"].ref.text, "--suite", config.suite]
     if "against" in parties:
         words += ["--against", parties["against"].ref.text]
-    for name in ("utility", "limit"):
+    for name in ("utility", "limit", "max_new_tokens"):
         if getattr(config, name) is not None:
-            words += [f"--{name}", str(getattr(config, name))]
+            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     if config.allow_pickle:
         words.append("--allow-pickle")
     return RunSpec("audit", tuple(words), config_to_mapping(config), config.seed, inputs)
@@ -204,7 +208,7 @@ def _sentence(summary: Mapping[str, Any]) -> str:
     """Return the audit in one sentence: the rates, never the harm rate alone."""
     metrics = summary["metrics"]
     known = [(words, metrics[name]["value"]) for name, words in _NOUNS.items() if metrics[name] is not None]
-    parts = [f"{words} {100 * value:.3g}%" for words, value in known]
+    parts = [f"{words} {percent(value)}" for words, value in known]
     changes = [change for change in summary.get("changes", []) if change["verdict"] == "regressed"]
     worse = ", ".join(change["metric"].replace("_", " ") for change in changes)
     if "against" not in summary:
@@ -215,6 +219,6 @@ def _sentence(summary: Mapping[str, Any]) -> str:
         first = summary["changes"][0]
         tail = (
             f" No evidence of a regression against {summary['against']['model']}: {first['n']} items would have shown "
-            f"a change of {100 * first['minimum_detectable_change']:.3g} points in the {_NOUNS[first['metric']]}."
+            f"a change of {number(100 * first['minimum_detectable_change'])} points in the {_NOUNS[first['metric']]}."
         )
     return f"{summary['model']}: {', '.join(parts)}.{tail}"

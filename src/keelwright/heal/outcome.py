@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from keelwright.heal.decide import LimitCheck, Measured, PairedTest, Primary, Trial, Verdict
+from keelwright.report.text import number, percent
 
 _NOUN = {"harm_rate": "harm rate", "refusal_rate": "refusal rate"}
 
@@ -43,7 +44,7 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
     before, after = _rate(aligned, primary), _rate(tuned, primary)
     if outcome.verdict == "no_evidence_of_loss":
         detectable = outcome.minimum_detectable_change
-        seen = "" if detectable is None else f"a loss of {100 * detectable:.3g} points"
+        seen = "" if detectable is None else f"a loss of {number(100 * detectable)} points"
         limit = f"; {outcome.evidence.n} items would have shown {seen}" if seen else ""
         return (
             f"No evidence of a safety loss: {noun} {before} in the aligned and {after} in the tuned model "
@@ -67,4 +68,4 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
 
 def _rate(measured: Measured, primary: Primary) -> str:
     estimate = getattr(measured.metrics, primary)
-    return "not measured" if estimate is None else f"{100 * estimate.value:.3g}%"
+    return "not measured" if estimate is None else percent(estimate.value)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from keelwright.core.files import write_atomic
-from keelwright.report.page import render_audit, render_heal
+from keelwright.report.page import render_audit, render_compare, render_heal
 from keelwright.runs.folder import read_run, unfinished
 from keelwright.runs.places import disk_errors
 
@@ -26,7 +26,7 @@ def write_report(folder: Path) -> Path:
     found = read_run(folder)
     if found.summary is None:
         raise unfinished(found)
-    render = render_audit if found.summary["command"] == "audit" else render_heal
+    render = {"audit": render_audit, "compare": render_compare}.get(found.summary["command"], render_heal)
     path = folder / "report.html"
     with disk_errors(path):
         write_atomic(path, render(found.run, found.summary, found.records()))

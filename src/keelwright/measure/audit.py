@@ -169,6 +169,7 @@ def audit(
     sink: RecordSink | None = None,
     utility: Utility | None = None,
     limit: int | None = None,
+    max_new_tokens: int | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     offline: bool = False,
@@ -183,6 +184,7 @@ def audit(
         sink: Where records go; None keeps them in memory.
         utility: What to measure beside safety; a text needs `against`, as its utility is a ratio.
         limit: At most this many items of each kind.
+        max_new_tokens: Longest answer to the suite's items; None takes what the suite asks for.
         batch_size: Answers generated at once.
         device: auto, cpu, cuda or cuda:N.
         offline: Never ask the hub.
@@ -199,7 +201,8 @@ def audit(
             fix="name the model that this one came from",
         )
     chosen = find_suite(suite) if isinstance(suite, str) else suite
-    bench = _Bench(chosen, utility, ListSink() if sink is None else sink, limit, batch_size, progress)
+    decoding = decoding_for(chosen, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    bench = _Bench(chosen, utility, ListSink() if sink is None else sink, limit, decoding, progress)
     seconds: dict[str, float] = {}
     reference: tuple[Examined, WindowLosses | None] | None = None
     if against is not None:
@@ -238,19 +241,18 @@ class _Bench:
     utility: Utility | None
     sink: RecordSink
     limit: int | None
-    batch_size: int
+    decoding: DecodingConfig
     progress: Progress
 
     def examine(
         self, model_id: str, model: LoadedModel, reference: WindowLosses | None
     ) -> tuple[Examined, WindowLosses | None]:
         """Return what one model comes to; `reference` holds the losses that its own are held against."""
-        decoding = decoding_for(self.suite, batch_size=self.batch_size)
-        records = self._ask(self.suite.items(), self.suite.judge(), model_id, model, decoding)
+        records = self._ask(self.suite.items(), self.suite.judge(), model_id, model, self.decoding)
         losses: WindowLosses | None = None
         estimate: Estimate | None = None
         if isinstance(self.utility, TaskUtility):
-            decoding = DecodingConfig(max_new_tokens=self.utility.max_new_tokens, batch_size=self.batch_size)
+            decoding = DecodingConfig(self.utility.max_new_tokens, self.decoding.batch_size)
             records += self._ask(self.utility.items(), self.utility.judge(), model_id, model, decoding)
         elif isinstance(self.utility, TextUtility):
             losses = self.utility.losses(model, progress=self.progress)

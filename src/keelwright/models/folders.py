@@ -182,7 +182,7 @@ def _no_weights(folder: Path, text: str, *, wanted: str) -> KeelwrightError:
             f"The weights of '{text}' are pickled; opening a pickle can run code.",
             expected=wanted,
             found=", ".join(pickled[:3]),
-            fix="convert them to safetensors; or, if you trust the source, pass --allow-pickle (tensors only)",
+            fix="convert them to safetensors; if you trust the source, `keelwright audit --allow-pickle` opens them",
         )
     gguf = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf:

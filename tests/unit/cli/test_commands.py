@@ -78,7 +78,7 @@ def test_where_nothing_was_admissible_the_best_trade_off_and_its_limit_are_shown
     show_summary(summary, as_json=False)
     out = capsys.readouterr().out
     assert out.startswith("Tuning moved [/it].\n")
-    assert "best trade-off: linear 0.4: harm rate 50.0% [0.0, 100.0], utility 80.0%" in out
+    assert "best trade-off: linear 0.4: harm rate 50.0% [0, 100], utility 80.0%" in out
     assert "failed on the selection half: utility 0.800 is below 0.900" in out
     assert "report  runs/[a]/report.html" in out
 

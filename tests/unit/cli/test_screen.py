@@ -4,7 +4,7 @@ import json
 import pytest
 import typer
 
-from keelwright.cli.screen import ScreenProgress, errors_as_exit_codes, metrics_table, percent, stdout_console
+from keelwright.cli.screen import ScreenProgress, errors_as_exit_codes, estimate_text, metrics_table, stdout_console
 from keelwright.core.errors import ConfigError, GateFailed, OfflineError
 
 RATE = {"value": 0.64, "low": 0.581, "high": 0.695, "n": 150}
@@ -136,15 +136,19 @@ def test_a_bug_is_not_hidden():
 
 
 def test_rates_carry_their_interval():
-    assert percent(RATE) == "64.0% [58.1, 69.5]"
-    assert percent(None) == "not measured"
+    assert estimate_text(RATE) == "64.0% [58.1, 69.5]"
+    assert estimate_text(None) == "not measured"
 
 
 def test_table_has_a_column_per_model_and_only_rows_with_figures(capsys):
     missing = dict.fromkeys(("refusal_rate", "over_refusal", "answer_rate", "incoherent", "utility"))
     columns = {"aligned": {"harm_rate": RATE, **missing}, "repaired": None}
-    stdout_console().print(metrics_table(columns))
+    stdout_console().print(metrics_table({"models": columns, "utility": {"name": "task:mood", "scorer": "exact"}}))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0].split() == ["aligned", "repaired"]
     assert lines[1] == "harm rate (lower is better)  64.0% [58.1, 69.5]         -"
     assert len(lines) == 2
+
+
+def test_ratio_of_perplexities_is_no_percentage():
+    assert estimate_text({"value": 0.981, "low": 0.97, "high": 0.992}, as_ratio=True) == "0.981 [0.970, 0.992]"
