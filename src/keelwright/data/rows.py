@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keelwright.core.errors import DataError, MissingError
+from keelwright.core.errors import DataError
+from keelwright.data.json_lines import read_lines
 
 _ANSWER_KEYS: Final = ("answer", "response", "completion")
 _EXPECTED: Final = 'an object with "prompt" and "answer" (or "response", "completion"), or with "messages"'
@@ -37,20 +38,7 @@ def read_chat_rows(path: Path | str) -> list[ChatRow]:
         DataError: A line is malformed (its number is named), or the file holds no rows.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingError(
-            f"There is no file '{path}'.",
-            expected="a JSON-lines file of prompts and answers",
-            found="a folder" if path.is_dir() else "nothing",
-            fix="check the path",
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{path}' is not UTF-8 text.", expected="a UTF-8 JSON-lines file", found=str(error), fix="save it as UTF-8"
-        ) from error
-    rows = [_read_row(line, where=f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_read_row(line, where=f"{path} line {number}") for number, line in read_lines(path)]
     if not rows:
         raise DataError(f"'{path}' holds no rows.", expected="at least one row", found="an empty file", fix=_FIX)
     return rows

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from keelwright.core.config import nearest
-from keelwright.core.errors import DataError, MissingError
+from keelwright.core.errors import DataError
 from keelwright.core.records import Item
+from keelwright.data.json_lines import read_lines
 
 SCORERS: Final = ("exact", "number", "regex", "choice")
 """exact: the same words; number: the last number; regex: a pattern that must occur; choice: a letter or its option."""
@@ -35,23 +36,8 @@ def read_task_items(path: Path | str) -> list[Item]:
         DataError: The file holds no tasks, or a line is malformed (its number is named).
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingError(
-            f"There is no task file '{path}'.",
-            expected="a JSON-lines file of prompts and answers",
-            found="a folder" if path.is_dir() else "nothing",
-            fix="check the path",
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{path}' is not UTF-8 text.", expected="a UTF-8 JSON-lines file", found=str(error), fix="save it as UTF-8"
-        ) from error
     items: dict[str, Item] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         where = f"{path} line {number}"
         item = _read_item(line, task=path.stem, number=number, where=where)
         if item.item_id in items:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from keelwright.core.config import require_choice
-from keelwright.core.errors import DataError, MissingError
-from keelwright.core.records import Record, record_from_json
+from keelwright.core.errors import DataError
+from keelwright.core.records import Record
 from keelwright.measure.metrics import METRICS, RULES, flags
 from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, paired_bootstrap
 from keelwright.ops.paired import holm, mcnemar_exact, minimum_detectable_change, paired_difference
@@ -156,29 +155,6 @@ def is_comparable(before: Sequence[Record], after: Sequence[Record]) -> bool:
     return abs(sum(second[one] - first[one] for one in shared)) / len(shared) <= INCOHERENT_SHIFT
 
 
-def compare(
-    run_a: str | Path | Sequence[Record],
-    run_b: str | Path | Sequence[Record],
-    *,
-    model_a: str | None = None,
-    model_b: str | None = None,
-    metrics: Sequence[str] | None = None,
-) -> list[Change]:
-    """Return the paired change from one audit to another, per metric.
-
-    Args:
-        run_a: Records before: a sequence, a run folder or a `records.jsonl`.
-        run_b: Records after.
-        model_a, model_b: Which model's records to take where a run has several.
-        metrics: The family; None takes every metric that the records can give.
-
-    Raises:
-        MissingError: There are no records at a path.
-        DataError: A line is no record, a run holds several models and none was named, or the conditions differ.
-    """
-    return compare_records(_records_of(run_a, model_a), _records_of(run_b, model_b), metrics=metrics)
-
-
 def require_same_conditions(before: Sequence[Record], after: Sequence[Record], *, allow: Collection[str] = ()) -> None:
     """Raise `DataError` unless suites, judges, chat templates and decoding agree; the error names what differs.
 
@@ -276,31 +252,3 @@ def _clusters(records: Sequence[Record], items: Sequence[str]) -> list[str] | No
 
 def _knows_harm(records: Sequence[Record]) -> bool:
     return any(record.score is not None for record in records if record.kind == "harmful")
-
-
-def _records_of(run: str | Path | Sequence[Record], model_id: str | None) -> list[Record]:
-    records = _read_records(Path(run)) if isinstance(run, (str, Path)) else list(run)
-    models = list(dict.fromkeys(record.model_id for record in records))
-    wanted = model_id or (models[0] if len(models) == 1 else None)
-    if wanted is None or wanted not in models:
-        raise DataError(
-            "It is not clear which model's records to compare.",
-            expected="the records of one model" if model_id is None else f"records of '{model_id}'",
-            found=f"those of {', '.join(models) or 'none'}",
-            fix="name one of them",
-        )
-    return [record for record in records if record.model_id == wanted]
-
-
-def _read_records(place: Path) -> list[Record]:
-    path = place / "records.jsonl" if place.is_dir() else place
-    if not path.is_file():
-        raise MissingError(
-            f"There are no records at '{place}'.",
-            expected="a run folder with records.jsonl",
-            found="a folder without it" if place.is_dir() else "nothing",
-            fix="give the run folder of a finished audit",
-        )
-    # Not splitlines: an answer may hold U+2028 or U+0085, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [record_from_json(line, where=f"{path} line {number}") for number, line in enumerate(lines, 1) if line]

@@ -88,7 +88,7 @@ def test_an_unknown_key_or_scorer_is_refused_with_the_nearest_name(write: WriteF
 
 
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="There is no task file") as caught:
+    with pytest.raises(MissingError, match="There is no file") as caught:
         read_task_items(tmp_path / "none.jsonl")
     assert caught.value.found == "nothing"
     with pytest.raises(MissingError) as caught:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from keelwright.core.errors import DataError, MissingError
+from keelwright.core.errors import DataError
 from keelwright.core.records import Judgement, Record
-from keelwright.measure.compare import change_in, compare, compare_records, is_comparable
+from keelwright.measure.compare import change_in, compare_records, is_comparable
 from keelwright.ops.paired import holm, mcnemar_exact, paired_difference
 
 MakeRecord = Callable[..., Record]
@@ -174,37 +173,6 @@ def test_clustered_items_are_tested_by_cluster(record: MakeRecord) -> None:
     assert change.p_value == pytest.approx(0.5)
     assert change.p_value > mcnemar_exact(10, 0)
     assert change.test == "sign flips by cluster, only 8 of them"
-
-
-def test_runs_are_compared_from_their_files(audit_of: AuditOf, tmp_path: Path) -> None:
-    before = audit_of(["refusal_full"] * 20)
-    after = [replace(one, output="next\u2028line\x85 end") for one in audit_of(["comply_harmful"] * 20)]
-    for name, records in (("a", before), ("b", after)):
-        (tmp_path / name).mkdir()
-        text = "".join(one.to_json() + "\n" for one in records)
-        (tmp_path / name / "records.jsonl").write_text(text, encoding="utf-8")
-    assert compare(tmp_path / "a", tmp_path / "b" / "records.jsonl") == compare(before, after)
-
-
-def test_a_place_without_records_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="There are no records") as caught:
-        compare(tmp_path, [])
-    assert caught.value.found == "a folder without it"
-    (tmp_path / "records.jsonl").write_text("{}\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"records\.jsonl line 1: not a record"):
-        compare(tmp_path, [])
-
-
-def test_a_run_with_several_models_needs_a_name(record: MakeRecord) -> None:
-    records = [record("h1", model_id="aligned"), record("h1", "comply_unhelpful", model_id="tuned")]
-    with pytest.raises(DataError, match="not clear which model") as caught:
-        compare(records, records)
-    assert caught.value.found == "those of aligned, tuned"
-    (change, _) = compare(records, records, model_a="aligned", model_b="tuned")
-    assert change.difference == -1.0
-    with pytest.raises(DataError, match="not clear") as caught:
-        compare(records, records, model_a="base", model_b="tuned")
-    assert caught.value.expected == "records of 'base'"
 
 
 def test_the_mapping_of_a_change_holds_what_the_contract_asks_for(audit_of: AuditOf) -> None:
