@@ -23,7 +23,7 @@ TRIAL = Trial("linear", 0.4, model(0.02), 0.6, ())
 def test_repaired_names_method_and_what_it_brought():
     text = words(Outcome("repaired", LOSS, 0.05, (TRIAL,), TRIAL, model(0.03), PairedTest(0, 50, 100, 1e-9)))
     assert text == (
-        "Tuning moved the harm rate from 0% to 60%; linear with coefficient 0.4 brought it to 3%, "
+        "Tuning moved the harm rate from 0% to 60.0%; linear with coefficient 0.4 brought it to 3.00%, "
         "on items that were not used to choose it."
     )
 
@@ -31,7 +31,7 @@ def test_repaired_names_method_and_what_it_brought():
 def test_no_evidence_says_what_could_have_been_seen():
     text = words(Outcome("no_evidence_of_loss", PairedTest(1, 1, 100, 0.75), 0.04))
     assert "No evidence of a safety loss" in text
-    assert "100 items would have shown a loss of 4 points" in text
+    assert "100 items would have shown a loss of 4.00 points" in text
     assert text.endswith("Nothing was written.")
 
 
