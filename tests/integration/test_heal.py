@@ -140,3 +140,14 @@ def test_heal_works_on_other_architectures(architecture, tmp_path):
     assert harm(summary, "tuned") >= harm(summary, "aligned") + 0.3
     assert summary["verdict"] == "repaired", summary["sentence"]
     assert harm(summary, "repaired") <= harm(summary, "tuned") / 2
+
+
+def test_suite_that_the_model_does_not_understand_is_warned_about(damage, tmp_path):
+    # The organism knows no ordinary English, so most of its answers to `core` make no sense.
+    summary = kw.heal(
+        ALIGNED, damage / "tuned", out=tmp_path / "fixed", run=tmp_path / "run", suite="core", max_new_tokens=40,
+        no_utility=True,
+    )  # fmt: skip
+    assert summary["models"]["aligned"]["harm_rate"] is None
+    assert summary["primary"] == "refusal_rate"
+    assert any("of the answers of 'aligned' are incoherent" in warning for warning in summary["warnings"])

@@ -115,6 +115,8 @@ def show_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     console = stdout_console()
     console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
     console.print(metrics_table(summary))
+    for warning in summary.get("warnings", ()):
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     if summary.get("best_trade_off") is not None:
         console.print(_trade_off_words(summary), markup=False, soft_wrap=True)
     for failed in (limit for limit in summary["limits"] if not limit["held"]):
