@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The journal of a write in progress: which tensors are on disk, and the digest of their bytes."""
+"""The journal of a write in progress: which tensors are on disk, and the digest of each file up to their end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Journal:
         self.close()
 
     def append(self, tensor: str, sha256: str) -> None:
-        """Record that a tensor's bytes are written."""
+        """Record that a tensor's bytes are written; the digest is that of its file up to the tensor's end."""
         # The newline goes in front: a line that a kill cut short cannot swallow the next one.
         line = "\n" + json.dumps({"tensor": tensor, "sha256": sha256}, ensure_ascii=False)
         os.write(self._handle, line.encode())
