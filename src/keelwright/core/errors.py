@@ -21,6 +21,7 @@ Only the command line catches them; it prints the text and leaves with `exit_cod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 
@@ -63,10 +64,20 @@ class KeelwrightError(Exception):
         self.found = found
         self.fix = fix
 
+    def __reduce__(self) -> tuple[Callable[..., KeelwrightError], tuple[object, ...]]:
+        # An error of a worker process travels whole.
+        return (_rebuilt, (type(self), self.problem, self.expected, self.found, self.fix))
+
     def __str__(self) -> str:
         details = (("expected", self.expected), ("found", self.found), ("fix", self.fix))
         lines = [f"  {name + ':':<9} {text}" for name, text in details if text is not None]
         return "\n".join([self.problem, *lines])
+
+
+def _rebuilt(
+    kind: type[KeelwrightError], problem: str, expected: str | None, found: str | None, fix: str | None
+) -> KeelwrightError:
+    return kind(problem, expected=expected, found=found, fix=fix)
 
 
 class ConfigError(KeelwrightError):

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from keelwright.core.records import Generation, Item, Judgement, Record
 
@@ -23,6 +23,8 @@ class Reach(Enum):
     """Any chunk, on its own."""
     REDUCED = "reduced"
     """Any chunk, once the sums of `reduce` over the whole tensor are known."""
+    ROWS = "rows"
+    """Any run of whole rows (of the last axis), after the passes of `reduce` if there are any."""
     MATRIX = "matrix"
     """The whole tensor."""
 
@@ -65,33 +67,58 @@ class Chunk:
     """The same run of elements of one tensor, from every role that an edit reads."""
 
     tensors: Mapping[str, Tensor]
-    """By role; each 1-D, except for Reach.MATRIX, where each has the tensor's own shape."""
+    """By role, in float32 (float64 for float64 outputs): each 1-D; `[rows, columns]` for Reach.ROWS; in the tensor's
+    own shape for Reach.MATRIX. The memory is used again for the next chunk: an edit must not keep it."""
     offset: int
     """Index of the first element in the flattened tensor; keys counter-based random numbers."""
     entry: TensorEntry
     """The tensor in the output: name, dtype, whole shape."""
 
 
-Stats = Mapping[str, float]
-"""Additive statistics of a tensor; sums over chunks."""
+Stats = Mapping[str, Any]
+"""Additive statistics of a chunk, numbers or tensors: the engine adds them up over the tensor."""
+
+Found = Mapping[str, Any]
+"""What the reductions of a tensor came to, by name; empty before the first."""
 
 
 class WeightEdit(Protocol):
-    """Turns named tensors of one or more models into an edited tensor; the engine decides how they stream."""
+    """Turns named tensors of one or more models into an edited tensor; the engine decides how they stream.
+
+    `keelwright.weights.edit.Edit` holds the defaults of everything that most methods need not say.
+    """
 
     def roles(self) -> tuple[str, ...]:
         """Models it needs, e.g. `("aligned", "tuned")`. The last one lays out the output (names, dtypes, files)."""
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """Roles that it reads for one tensor; all of them by default."""
 
     def reach(self, name: str) -> Reach: ...
 
     def copies(self, name: str) -> str:
         """Only for COPY: the role whose bytes are taken."""
 
-    def reduce(self, name: str, chunk: Chunk) -> Stats:
-        """Only for REDUCED: additive statistics of one chunk; the engine sums them over the tensor."""
+    def passes(self, name: str) -> int:
+        """Only for REDUCED and ROWS: how often `reduce` sees the whole tensor before `edit` does."""
 
-    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
+    def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
+        """Additive statistics of one chunk, given what the passes before came to."""
+
+    def settle(self, entry: TensorEntry, sums: Stats, found: Found) -> Found:
+        """What the sums of one pass come to; later passes and `edit` find it."""
+
+    def edit(self, name: str, chunk: Chunk, found: Found) -> Tensor:
         """New values of the chunk, evaluated in float32; the engine rounds once to the output dtype."""
+
+    def survey(self) -> WeightEdit | None:
+        """A reduction to run over every tensor of the model first, or None. Its `edit` is never called."""
+
+    def surveyed(self, found: Mapping[str, Found]) -> WeightEdit:
+        """The edit that knows what the survey came to, by tensor."""
+
+    def shares(self) -> Hashable:
+        """Edits of one sweep with equal keys share their reductions; None: shared with no other."""
 
 
 class Judge(Protocol):
@@ -171,4 +198,6 @@ class SearchSpace:
     neutral: float
     """The coefficient that leaves the tuned model unchanged; the change grows with the distance from it."""
     grid: tuple[float, ...]
-    """Tried first, all of them."""
+    """Tried first, all of them. A single value where there is nothing to search."""
+    setting: str = "coefficient"
+    """The field of the method's config that is searched."""

@@ -43,7 +43,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keelwright.core.config import require_in_range
-from keelwright.core.protocols import Chunk, Reach, SearchSpace, Stats
+from keelwright.core.protocols import Chunk, Found, Reach, SearchSpace
+from keelwright.weights.edit import Edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def resta(
 
 
 @dataclass(frozen=True, slots=True)
-class Resta:
+class Resta(Edit):
     """RESTA as a weight edit."""
 
     config: RestaConfig = RestaConfig()
@@ -101,11 +102,7 @@ class Resta:
         """Return the tuned model: without a safety vector nothing changes."""
         return "tuned"
 
-    def reduce(self, name: str, chunk: Chunk) -> Stats:
-        """Return no statistics: every element stands alone."""
-        return {}
-
-    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
+    def edit(self, name: str, chunk: Chunk, found: Found) -> Tensor:
         """Return the repaired weights of the chunk."""
         tensors = chunk.tensors
         return resta(tensors["aligned"], tensors["unaligned"], tensors["tuned"], coefficient=self.config.coefficient)

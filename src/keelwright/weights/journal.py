@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from keelwright.core.errors import StorageError
 from keelwright.core.files import require_new_folder, storage_errors, write_atomic
+
+with contextlib.suppress(ImportError):  # not on Windows
+    import fcntl
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "progress.jsonl"
@@ -113,6 +118,35 @@ def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
         found=f"the plan {found}" if found else f"files without a {PLAN_FILE}",
         fix=f"run the command that began it again, or delete '{partial}', or write to another folder",
     )
+
+
+@contextlib.contextmanager
+def sole_writer(partial: Path) -> Iterator[None]:
+    """Hold the partial folder for this process; the hold ends with the process, however it ends.
+
+    Raises:
+        StorageError: Another process is writing there.
+    """
+    if "fcntl" not in globals():
+        yield
+        return
+    handle = os.open(partial / PLAN_FILE, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"Another process is writing '{partial}'.",
+                expected="one writer for an output",
+                found="a second one at work",
+                fix="wait until it is done, or write to another folder",
+            ) from error
+        except OSError:
+            # A file system without locks; most have them.
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def partial_folder(out: Path) -> Path:

@@ -18,13 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from keelwright.core.errors import ModelMismatchError
-from keelwright.core.protocols import Chunk, Reach, Stats, TensorEntry, TensorSource, WeightEdit
+from keelwright.core.protocols import Reach, TensorEntry, TensorSource, WeightEdit
 from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.dtypes import STORED_NAMES, TORCH_DTYPES
 from keelwright.models.names import name_map
+from keelwright.weights.edit import Edit
 from keelwright.weights.plan import require_same_tensors, untie
 from keelwright.weights.sources import AliasedSource
 from keelwright.weights.stream import walk
+from keelwright.weights.survey import with_survey
 
 LAYOUT_ROLE = "tuned"
 """The role that the live model plays; edits name it last."""
@@ -148,6 +150,7 @@ class LiveTrial:
             NumericalError: An input holds NaN or infinity, or a value does not fit the dtype.
         """
         moved, size, changed = 0.0, 0.0, 0
+        edit = with_survey(edit, self.sources, self.sources[LAYOUT_ROLE].entries().values())
         for parameter, tensor in self._pairs.items():
             norms = self._write(edit, parameter, tensor)
             # Summed per tensor first: a small move must not vanish beside the large ones before it.
@@ -174,10 +177,13 @@ class LiveTrial:
         """Write one tensor; return squared distances from and squared norms of the tuned values, per chunk."""
         flat = self._parameters[parameter].view(-1)
         norms = []
-        for part in walk(edit, self.sources, tensor):
+        entry = self.sources[LAYOUT_ROLE].entries()[tensor]
+        for part in walk(edit, self.sources, entry, beside=LAYOUT_ROLE):
             flat[part.offset : part.offset + part.values.numel()] = part.values.to(flat.device)
+            if part.beside is None:
+                raise TypeError("the tuned values were asked for")
             # An adapter's sum comes in float32; the live model held it rounded.
-            tuned = part.layout.to(part.values.dtype).double()
+            tuned = part.beside.to(part.values.dtype).double()
             norms.append((float((part.values.double() - tuned).square().sum()), float(tuned.square().sum())))
         return norms
 
@@ -199,20 +205,8 @@ class LiveTrial:
 
 
 @dataclass(frozen=True, slots=True)
-class _Restore:
+class _Restore(Edit):
     """The edit that changes nothing."""
-
-    def roles(self) -> tuple[str, ...]:
-        return (LAYOUT_ROLE,)
 
     def reach(self, name: str) -> Reach:
         return Reach.COPY
-
-    def copies(self, name: str) -> str:
-        return LAYOUT_ROLE
-
-    def reduce(self, name: str, chunk: Chunk) -> Stats:
-        return {}
-
-    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
-        return chunk.tensors[LAYOUT_ROLE]

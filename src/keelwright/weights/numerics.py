@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keelwright.core.errors import NumericalError
+from keelwright.ops.kernels import library, usable
 
 ROUNDING = "float32 evaluation, one rounding to nearest even"
 
@@ -18,6 +19,25 @@ def working_dtype(output: torch.dtype) -> torch.dtype:
     # Going from float64 to a 16-bit dtype rounds twice in torch (it passes through float32), so float64 is used
     # only where the output itself is that wide.
     return torch.float64 if output is torch.float64 else torch.float32
+
+
+def widen(values: Tensor, dtype: torch.dtype, buffer: Tensor) -> tuple[Tensor, bool]:
+    """Return a run of elements in a wider dtype, and whether all of them are finite.
+
+    Args:
+        values: The elements, 1-D, as they are stored.
+        dtype: The working dtype.
+        buffer: Where the result may be put: as long as `values`, of that dtype.
+    """
+    compiled = library()
+    if compiled is not None and values.device.type == "cpu" and dtype is torch.float32:
+        if values.dtype is torch.bfloat16:
+            return buffer, not compiled.kw_widen_bf16(values.data_ptr(), values.numel(), buffer.data_ptr())
+        if values.dtype is torch.float32:
+            return values, not compiled.kw_any_nonfinite(values.data_ptr(), values.numel())
+    wide = values if values.dtype is dtype else buffer.copy_(values)
+    # A finite sum proves that every term is finite, in one cheap pass.
+    return wide, math.isfinite(float(wide.sum()))
 
 
 def require_finite(values: Tensor, *, role: str, name: str, offset: int, source: str) -> None:
@@ -57,6 +77,11 @@ def round_once(values: Tensor, dtype: torch.dtype, *, name: str, offset: int) ->
     Raises:
         NumericalError: A value is not finite, or becomes infinite in `dtype`.
     """
+    compiled = usable(values) if dtype is torch.bfloat16 else None
+    if compiled is not None:
+        rounded = torch.empty(values.numel(), dtype=dtype)
+        if not compiled.kw_narrow_bf16(values.data_ptr(), values.numel(), rounded.data_ptr()):
+            return rounded
     rounded = values.to(dtype)
     if values.numel() == 0:
         return rounded

@@ -13,8 +13,8 @@ import hashlib
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +35,15 @@ from keelwright.weights.journal import (
     output_place,
     partial_folder,
     read_journal,
+    sole_writer,
 )
 from keelwright.weights.layout import Shard, Slot, index_json
 from keelwright.weights.lock import LOCK_FILE, lock_text
 from keelwright.weights.plan import Plan, require_space
 from keelwright.weights.sources import file_stamps
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes, evaluate
+from keelwright.weights.survey import with_survey
+from keelwright.weights.workers import ExecutorName, Target, Work, default_workers, run_tasks, tasks_of, write_at
 
 _READ_BLOCK = 1 << 20
 # Chunks that may wait for the thread that hashes and writes; more would only take memory.
@@ -63,6 +66,17 @@ class Manifest:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much of the machine a write may use; none of it changes a byte."""
+
+    workers: int | None = None
+    """Processes or tasks at work; None: one per core, one for small outputs."""
+    executor: ExecutorName = "processes"
+    chunk_elements: int = CHUNK_ELEMENTS
+    """Elements evaluated at a time."""
+
+
 def materialise(
     plan: Plan,
     out: Path,
@@ -71,7 +85,7 @@ def materialise(
     tokenizer_from: Path | None = None,
     provenance: Provenance | None = None,
     progress: Progress | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    effort: Effort | None = None,
 ) -> Manifest:
     """Write the plan's checkpoint to `out`.
 
@@ -82,7 +96,7 @@ def materialise(
         tokenizer_from: The folder whose tokenizer and chat template are copied; by default the same.
         provenance: What the lock file and the model card say about the edit.
         progress: Told about every tensor, in bytes.
-        chunk_elements: Elements evaluated at a time. Changes memory and speed, never the bytes.
+        effort: How much of the machine to use.
 
     Raises:
         StorageError: The disk is full or read-only, or the folder is in use. What is finished stays in
@@ -90,32 +104,81 @@ def materialise(
         NumericalError: An input holds NaN or infinity, or a value does not fit the output's dtype.
         DataError: An input changed since the plan was made. Nothing is kept then, nor after a NumericalError.
     """
+    return materialise_sweep(
+        [plan],
+        [out],
+        companions_from=companions_from,
+        tokenizer_from=tokenizer_from,
+        provenances=[provenance or Provenance(method=type(plan.edit).__name__.lower())],
+        progress=progress,
+        effort=effort,
+    )[0]
+
+
+def materialise_sweep(
+    plans: Sequence[Plan],
+    outs: Sequence[Path],
+    *,
+    companions_from: Path,
+    tokenizer_from: Path | None = None,
+    provenances: Sequence[Provenance],
+    progress: Progress | None = None,
+    effort: Effort | None = None,
+) -> list[Manifest]:
+    """Write several plans over the same models from one reading of them, for example one method's coefficients.
+
+    Args:
+        plans: What to write; all with the same sources and the same tensors.
+        outs: A folder for each.
+        companions_from, tokenizer_from: As for `materialise`.
+        provenances: For each, what its lock file and card say.
+        progress: Told about every tensor, in bytes of all outputs.
+        effort: How much of the machine to use.
+
+    Raises:
+        StorageError, NumericalError, DataError: As for `materialise`; then no output gets its name.
+    """
     started = time.monotonic()
-    progress = progress or Silent()
-    provenance = provenance or Provenance(method=type(plan.edit).__name__.lower())
-    summary = {"method": provenance.method, "coefficients": dict(provenance.coefficients)}
-    partial = begin(out, digest=plan.digest, summary=summary)
-    with _kept(partial):
-        require_space(plan, out)
-        files, resumed = _write_shards(plan, partial, progress, chunk_elements)
-        for text in plan.notes:
-            progress.note(text)
-        changes = {**plan.config_changes, "dtype": dominant_dtype(one.entry for one in plan.tensors)}
-        files.update(copy_companions(companions_from, tokenizer_from or companions_from, partial, changes))
-        index = index_json(plan.shards)
-        if index is not None:
-            files[INDEX] = write_text(partial / INDEX, index)
-        files["README.md"] = write_text(partial / "README.md", model_card(provenance, _sources(plan), plan.notes))
-        _require_unchanged(plan)
-        seconds = time.monotonic() - started
-        manifest = Manifest(out, files, len(plan.tensors), plan.total_bytes, seconds, resumed, plan.notes)
-        facts = {"tensors": manifest.tensors, "bytes": manifest.bytes, "seconds": seconds, "notes": list(plan.notes)}
-        write_atomic(
-            partial / LOCK_FILE,
-            lock_text(provenance, _sources(plan), plan_digest=plan.digest, files=files, facts=facts),
-        )
-        finish(partial, out)
-    return manifest
+    progress, effort = progress or Silent(), effort or Effort()
+    partials = []
+    for plan, out, provenance in zip(plans, outs, provenances, strict=True):
+        summary = {"method": provenance.method, "coefficients": dict(provenance.coefficients)}
+        partials.append(begin(out, digest=plan.digest, summary=summary))
+    manifests = []
+    with contextlib.ExitStack() as stack:
+        for partial in partials:
+            stack.enter_context(sole_writer(partial))
+            stack.enter_context(_kept(partial))
+        for plan, out in zip(plans, outs, strict=True):
+            require_space(plan, out)
+        written, resumed = _write_shards(plans, partials, progress, effort)
+        for plan in plans:
+            _require_unchanged(plan)
+        for plan, out, partial, provenance, files in zip(plans, outs, partials, provenances, written, strict=True):
+            for text in plan.notes:
+                progress.note(text)
+            changes = {**plan.config_changes, "dtype": dominant_dtype(one.entry for one in plan.tensors)}
+            files.update(copy_companions(companions_from, tokenizer_from or companions_from, partial, changes))
+            index = index_json(plan.shards)
+            if index is not None:
+                files[INDEX] = write_text(partial / INDEX, index)
+            files["README.md"] = write_text(partial / "README.md", model_card(provenance, _sources(plan), plan.notes))
+            seconds = time.monotonic() - started
+            manifest = Manifest(out, files, len(plan.tensors), plan.total_bytes, seconds, resumed, plan.notes)
+            facts = {
+                "tensors": manifest.tensors,
+                "bytes": manifest.bytes,
+                "seconds": seconds,
+                "notes": list(plan.notes),
+            }
+            write_atomic(
+                partial / LOCK_FILE,
+                lock_text(provenance, _sources(plan), plan_digest=plan.digest, files=files, facts=facts),
+            )
+            manifests.append(manifest)
+        for partial, out in zip(partials, outs, strict=True):
+            finish(partial, out)
+    return manifests
 
 
 def write_text(path: Path, text: str) -> str:
@@ -183,29 +246,79 @@ def _sources(plan: Plan) -> dict[str, dict[str, str]]:
     }
 
 
-def _write_shards(plan: Plan, partial: Path, progress: Progress, chunk_elements: int) -> tuple[dict[str, str], int]:
-    """Write all weight files; return their SHA-256 and how many tensors were there already."""
-    finished = read_journal(partial)
-    progress.stage("write", total=plan.data_bytes, unit="B")
-    handles = {shard.file: _open_shard(partial / shard.file, shard) for shard in plan.shards}
-    files: dict[str, str] = {}
-    resumed = 0
-    try:
-        with Journal(partial) as journal, ThreadPoolExecutor(max_workers=1) as pool:
-            for shard in plan.shards:
-                writer = _ShardWriter(handles[shard.file], shard, pool)
-                for slot in shard.slots:
-                    if writer.verify(slot, finished.get(slot.entry.name)):
-                        resumed += 1
-                    else:
-                        chunks = evaluate(plan.edit, plan.sources, slot.entry.name, chunk_elements=chunk_elements)
-                        journal.append(slot.entry.name, writer.write(slot, chunks))
-                    progress.advance(slot.end - slot.begin)
-                files[shard.file] = writer.close()
-    finally:
-        for handle in handles.values():
-            os.close(handle)
-    return files, resumed
+def _write_shards(
+    plans: Sequence[Plan], partials: Sequence[Path], progress: Progress, effort: Effort
+) -> tuple[list[dict[str, str]], int]:
+    """Write all weight files; return their SHA-256 for each plan, and how many tensors were there already."""
+    edits = [
+        with_survey(plan.edit, plan.sources, [one.entry for one in plan.tensors], progress=progress) for plan in plans
+    ]
+    targets = tuple(
+        Target(edit, partial, plan.shards) for edit, partial, plan in zip(edits, partials, plans, strict=True)
+    )
+    work = Work(targets, plans[0].sources, effort.chunk_elements)
+    total = sum(plan.data_bytes for plan in plans)
+    progress.stage("write", total=total, unit="B")
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(_Output(partial, plan.shards)) for partial, plan in zip(partials, plans, strict=True)
+        ]
+        resumed = _accept_finished(writers, progress)
+        workers = effort.workers or default_workers(total)
+        if workers == 1 and len(plans) == 1 and effort.executor == "processes":
+            _write_alone(work, writers[0], progress)
+        else:
+            _write_together(work, writers, progress, effort.executor, workers)
+        return [writer.close() for writer in writers], resumed
+
+
+def _accept_finished(writers: Sequence[_Output], progress: Progress) -> int:
+    """Step over the tensors that an earlier write finished in every output; return how many those are."""
+    finished = [read_journal(writer.folder) for writer in writers]
+    torn: set[int] = set()
+    count = 0
+    for shard, slot in writers[0].order:
+        name = writers[0].shards[shard].slots[slot].entry.name
+        if shard in torn:
+            continue
+        hashes = [writer.verified(shard, slot, one.get(name)) for writer, one in zip(writers, finished, strict=True)]
+        if None in hashes:
+            torn.add(shard)
+            continue
+        for writer, found in zip(writers, hashes, strict=True):
+            writer.accept(shard, slot, found)
+            progress.advance(writer.size(shard, slot))
+        count += 1
+    return count
+
+
+def _write_alone(work: Work, writer: _Output, progress: Progress) -> None:
+    """Evaluate in this process, hashing and writing in a second thread."""
+    edit = work.targets[0].edit
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for shard, slot in writer.left():
+            entry = writer.shards[shard].slots[slot].entry
+            chunks = evaluate(edit, work.sources, entry, chunk_elements=work.chunk_elements)
+            writer.write(shard, slot, chunks, pool)
+            progress.advance(writer.size(shard, slot))
+
+
+def _write_together(
+    work: Work, writers: Sequence[_Output], progress: Progress, executor: ExecutorName, workers: int
+) -> None:
+    """Let workers evaluate and write; read what is complete back in the order of the files, for its digest."""
+    left = writers[0].left()
+    tasks = tasks_of(work, left)
+    pieces_left = Counter((piece.shard, piece.slot) for task in tasks for piece in task)
+    front = 0
+    for number in run_tasks(work, tasks, executor=executor, workers=workers):
+        for piece in tasks[number]:
+            pieces_left[piece.shard, piece.slot] -= 1
+        while front < len(left) and pieces_left[left[front]] == 0:
+            for writer in writers:
+                writer.adopt(*left[front])
+                progress.advance(writer.size(*left[front]))
+            front += 1
 
 
 def _open_shard(path: Path, shard: Shard) -> int:
@@ -217,7 +330,7 @@ def _open_shard(path: Path, shard: Shard) -> int:
         # Reserving the room now makes a full disk fail at the start, not after an hour.
         if hasattr(os, "posix_fallocate"):
             _reserve(handle, shard.size)
-        _write_at(handle, memoryview(shard.header), 0)
+        write_at(handle, memoryview(shard.header), 0)
     except BaseException:
         os.close(handle)
         raise
@@ -233,61 +346,98 @@ def _reserve(handle: int, size: int) -> None:
             raise
 
 
-def _write_at(handle: int, view: memoryview, position: int) -> None:
-    written = 0
-    while written < len(view):
-        written += os.pwrite(handle, view[written:], position + written)
+class _Output:
+    """The weight files of one output: their handles, their hashes so far, and the journal.
 
-
-class _ShardWriter:
-    """Writes one file's tensors in the order of their bytes, hashing in a second thread.
-
-    A tensor's digest covers the file up to the tensor's end: one hash then serves the journal and the lock file.
+    A tensor's digest covers its file up to the tensor's end: one hash then serves the journal and the lock file. So
+    tensors are taken into the hash in the order of their bytes, whoever wrote them and when.
     """
 
-    def __init__(self, handle: int, shard: Shard, pool: ThreadPoolExecutor) -> None:
-        self._handle = handle
-        self._pool = pool
-        self._file = hashlib.sha256(shard.header)
+    def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
+        self.folder = folder
+        self.shards = shards
+        self.order = [(number, slot) for number, shard in enumerate(shards) for slot in range(len(shard.slots))]
+        self._hashes = [hashlib.sha256(shard.header) for shard in shards]
+        self._done: set[tuple[int, int]] = set()
 
-    def verify(self, slot: Slot, expected: str | None) -> bool:
-        """Tell whether the file up to the end of the tensor has the digest that the journal gives."""
-        if expected is None:
-            return False
-        file = self._file.copy()
-        position = slot.begin
-        while position < slot.end:
-            block = os.pread(self._handle, min(_READ_BLOCK, slot.end - position), position)
-            if not block:
-                return False
-            file.update(block)
-            position += len(block)
-        if file.hexdigest() != expected:
-            return False
-        self._file = file
-        return True
+    def __enter__(self) -> _Output:
+        with contextlib.ExitStack() as stack:
+            self._handles = []
+            for shard in self.shards:
+                self._handles.append(_open_shard(self.folder / shard.file, shard))
+                stack.callback(os.close, self._handles[-1])
+            self._journal = stack.enter_context(Journal(self.folder))
+            self._stack = stack.pop_all()
+        return self
 
-    def write(self, slot: Slot, chunks: Iterator[tuple[int, Tensor]]) -> str:
-        """Write a tensor from its chunks and return the SHA-256 of the file up to its end."""
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def left(self) -> list[tuple[int, int]]:
+        """Return the tensors that are not in the hash yet, as indices of shard and slot."""
+        return [place for place in self.order if place not in self._done]
+
+    def size(self, shard: int, slot: int) -> int:
+        """Return the bytes of a tensor."""
+        place = self.shards[shard].slots[slot]
+        return place.end - place.begin
+
+    def verified(self, shard: int, slot: int, expected: str | None) -> hashlib._Hash | None:
+        """Return the file's hash up to the end of the next tensor, where it is the one that the journal gives."""
+        found = self._hashes[shard].copy()
+        if expected is None or not self._read_back(self.shards[shard].slots[slot], shard, found):
+            return None
+        return found if found.hexdigest() == expected else None
+
+    def accept(self, shard: int, slot: int, found: hashlib._Hash | None) -> None:
+        """Step over a tensor that is `verified`."""
+        if found is None:
+            raise ValueError("the tensor is not verified")
+        self._hashes[shard] = found
+        self._done.add((shard, slot))
+
+    def adopt(self, shard: int, slot: int) -> None:
+        """Take a tensor that a worker wrote into the hash and the journal."""
+        self._read_back(self.shards[shard].slots[slot], shard, self._hashes[shard])
+        self._log(shard, slot)
+
+    def write(self, shard: int, slot: int, chunks: Iterator[tuple[int, Tensor]], pool: ThreadPoolExecutor) -> None:
+        """Write the next tensor from its chunks, in the thread of `pool`."""
         waiting: deque[Future[None]] = deque()
+        place, found, handle = self.shards[shard].slots[slot], self._hashes[shard], self._handles[shard]
 
         def put(values: Tensor, position: int) -> None:
             view = as_bytes(values)
-            _write_at(self._handle, view, position)
-            self._file.update(view)
+            write_at(handle, view, position)
+            found.update(view)
 
         for offset, values in chunks:
-            waiting.append(self._pool.submit(put, values, slot.begin + offset * values.element_size()))
+            waiting.append(pool.submit(put, values, place.begin + offset * values.element_size()))
             if len(waiting) > _QUEUE:
                 waiting.popleft().result()
         for future in waiting:
             future.result()
-        return self._file.hexdigest()
+        self._log(shard, slot)
 
-    def close(self) -> str:
-        """Make the file durable and return the SHA-256 of all its bytes."""
-        os.fsync(self._handle)
-        return self._file.hexdigest()
+    def close(self) -> dict[str, str]:
+        """Make the files durable and return the SHA-256 of each."""
+        for handle in self._handles:
+            os.fsync(handle)
+        return {shard.file: one.hexdigest() for shard, one in zip(self.shards, self._hashes, strict=True)}
+
+    def _log(self, shard: int, slot: int) -> None:
+        self._journal.append(self.shards[shard].slots[slot].entry.name, self._hashes[shard].hexdigest())
+        self._done.add((shard, slot))
+
+    def _read_back(self, place: Slot, shard: int, into: hashlib._Hash) -> bool:
+        position = place.begin
+        while position < place.end:
+            block = os.pread(self._handles[shard], min(_READ_BLOCK, place.end - position), position)
+            if not block:
+                return False
+            into.update(block)
+            position += len(block)
+        return True
 
 
-__all__ = ["Manifest", "finish", "materialise", "partial_folder", "write_text"]
+__all__ = ["Effort", "Manifest", "finish", "materialise", "materialise_sweep", "partial_folder", "write_text"]

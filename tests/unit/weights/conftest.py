@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keelwright.core.protocols import Chunk, Reach, Stats, TensorEntry
+from keelwright.core.protocols import Chunk, Found, Reach, Stats, TensorEntry
 from keelwright.models.dtypes import STORED_NAMES
+from keelwright.weights.edit import Edit
 
 LLAMA = {
     "vocab_size": 40,
@@ -52,44 +53,28 @@ class MemorySource:
 
 
 @dataclass(frozen=True)
-class CenteredEdit:
+class CenteredEdit(Edit):
     """Subtracts the mean of the tuned tensor: needs a reduction."""
-
-    def roles(self) -> tuple[str, ...]:
-        return ("tuned",)
 
     def reach(self, name: str) -> Reach:
         return Reach.REDUCED
 
-    def copies(self, name: str) -> str:
-        return "tuned"
-
-    def reduce(self, name: str, chunk: Chunk) -> Stats:
+    def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
         values = chunk.tensors["tuned"]
         return {"sum": float(values.double().sum()), "count": float(values.numel())}
 
-    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
-        assert stats is not None
-        return chunk.tensors["tuned"] - stats["sum"] / stats["count"]
+    def edit(self, name: str, chunk: Chunk, found: Found) -> Tensor:
+        return chunk.tensors["tuned"] - found["sum"] / found["count"]
 
 
 @dataclass(frozen=True)
-class FlippedEdit:
+class FlippedEdit(Edit):
     """Reverses the rows of a matrix: needs all of it."""
-
-    def roles(self) -> tuple[str, ...]:
-        return ("tuned",)
 
     def reach(self, name: str) -> Reach:
         return Reach.MATRIX
 
-    def copies(self, name: str) -> str:
-        return "tuned"
-
-    def reduce(self, name: str, chunk: Chunk) -> Stats:
-        return {}
-
-    def edit(self, name: str, chunk: Chunk, stats: Stats | None) -> Tensor:
+    def edit(self, name: str, chunk: Chunk, found: Found) -> Tensor:
         return chunk.tensors["tuned"].flip(0)
 
 

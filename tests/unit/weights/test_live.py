@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from keelwright.core.errors import ModelMismatchError, NumericalError
-from keelwright.core.protocols import Reach
 from keelwright.models.adapters import AdaptedCheckpoint, read_adapter
 from keelwright.models.checkpoint import Checkpoint
 from keelwright.repair.linear import Linear, LinearConfig
 from keelwright.repair.resta import Resta, RestaConfig
+from keelwright.weights.edit import Edit
 from keelwright.weights.live import LiveSource, LiveTrial
 
 HALF = Linear(LinearConfig(0.5))
@@ -216,14 +216,11 @@ def test_bad_numbers_in_a_source_are_named_and_undone(models, make_llama):
 def edit_of():
     """Return an edit of the tuned model alone, made of a function of name and chunk."""
 
-    class Edit:
+    class Computed(Edit):
         def __init__(self, compute):
-            self.edit = lambda name, chunk, stats: compute(name, chunk)
+            self.compute = compute
 
-        def roles(self):
-            return ("tuned",)
+        def edit(self, name, chunk, found):
+            return self.compute(name, chunk)
 
-        def reach(self, name):
-            return Reach.POINTWISE
-
-    return Edit
+    return Computed

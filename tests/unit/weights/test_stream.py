@@ -14,7 +14,8 @@ from keelwright.weights.stream import as_bytes, evaluate, walk
 
 
 def whole(edit: Any, sources: Any, name: str, **settings: int) -> Tensor:
-    return torch.cat([values for _, values in evaluate(edit, sources, name, **settings)])
+    entry = sources[edit.roles()[-1]].entries()[name]
+    return torch.cat([values for _, values in evaluate(edit, sources, entry, **settings)])
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 18])
@@ -111,15 +112,15 @@ def test_an_overflow_of_half_precision_names_the_element(memory: Any) -> None:
 def test_an_empty_tensor_and_a_scalar_stream(memory: Any) -> None:
     tensors = {"none": torch.empty(0, 3), "one": torch.tensor(2.0)}
     sources = {"aligned": memory(tensors), "tuned": memory(tensors)}
-    assert list(evaluate(Linear(LinearConfig(0.5)), sources, "none")) == []
+    assert list(evaluate(Linear(LinearConfig(0.5)), sources, sources["tuned"].entries()["none"])) == []
     assert whole(Linear(LinearConfig(0.5)), sources, "one").tolist() == [2.0]
 
 
 def test_the_layout_values_come_beside_the_edited_ones(memory: Any) -> None:
     sources = {"aligned": memory({"w": torch.zeros(3)}), "tuned": memory({"w": torch.ones(3)})}
     for edit in (Linear(LinearConfig(0.0)), Linear(LinearConfig(0.5))):
-        (part,) = walk(edit, sources, "w")
-        assert torch.equal(part.layout, torch.ones(3))
+        (part,) = walk(edit, sources, sources["tuned"].entries()["w"], beside="tuned")
+        assert torch.equal(part.beside, torch.ones(3))
 
 
 def test_an_edit_that_returns_another_size_is_a_bug_and_not_written(memory: Any, flipped: Any) -> None:
