@@ -6,19 +6,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
+from keelwright.core.digests import file_digest
 from keelwright.core.errors import ModelMismatchError
 from keelwright.core.protocols import TensorEntry
 from keelwright.models.chat import template_digest
 from keelwright.models.configs import parse_config
-from keelwright.models.folders import has_tokenizer
-from keelwright.models.loading import load_tokenizer
+from keelwright.models.folders import TOKENIZER_FILES, has_tokenizer
 from keelwright.models.names import tied_tensors
 from keelwright.models.refs import LocalModel
 from keelwright.models.sources import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _IMMATERIAL = frozenset(
     {
@@ -101,7 +102,7 @@ def compare_models(first: LocalModel, second: LocalModel) -> Compatibility:
     entries = (sources[0].entries(), sources[1].entries())
     configs = (sources[0].config_json(), sources[1].config_json())
     tied = (tied_tensors(configs[0]), tied_tensors(configs[1]))
-    tokenizers = [load_tokenizer(one) if has_tokenizer(one.tokenizer_folder) else None for one in (first, second)]
+    tokenizers = _tokenizers(first, second)
     shared = [name for name in entries[0] if name in entries[1]]
     templates = [template_digest(one) if one is not None else "none" for one in tokenizers]
     return Compatibility(
@@ -230,12 +231,18 @@ def _differences(pairs: Mapping[str, tuple[Any, Any]]) -> tuple[Difference, ...]
 
 def _compare_settings(first: dict[str, Any], second: dict[str, Any]) -> tuple[Difference, ...]:
     """Compare the settings that the architecture knows, defaults filled in; other programs' notes do not count."""
+    if _material(first) == _material(second):
+        return ()
     one, two = parse_config(first), parse_config(second)
     if one is None or two is None or type(one) is not type(two):
         return _differences({"model_type": (first.get("model_type"), second.get("model_type"))})
     settings = (one.to_dict(), two.to_dict())
     names = sorted(name for name in type(one)().to_dict() if name not in _IMMATERIAL and "drop" not in name)
     return _differences({name: (settings[0].get(name), settings[1].get(name)) for name in names})
+
+
+def _material(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _IMMATERIAL}
 
 
 def _compare_tokens(
@@ -271,6 +278,21 @@ def _flags(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         str(token): f"special {token.special}, normalised {token.normalized}, strips {token.lstrip}/{token.rstrip}"
         for token in tokenizer.added_tokens_decoder.values()
     }
+
+
+def _tokenizers(first: LocalModel, second: LocalModel) -> list[PreTrainedTokenizerBase | None]:
+    """Return the models' tokenizers, or twice None where their files are the same and there is nothing to compare."""
+    if _tokenizer_files(first) == _tokenizer_files(second):
+        return [None, None]
+    from keelwright.models.loading import load_tokenizer
+
+    return [load_tokenizer(one) if has_tokenizer(one.tokenizer_folder) else None for one in (first, second)]
+
+
+def _tokenizer_files(model: LocalModel) -> dict[str, str]:
+    folder = model.tokenizer_folder
+    paths = (path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase | None) -> str | None:

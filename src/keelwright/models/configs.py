@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from keelwright.core.errors import DataError, UnsafeInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BAD_SETTINGS = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 """What transformers raises when settings make no sense."""
@@ -27,6 +27,9 @@ def parse_config(config: Mapping[str, Any], text: str = "config.json") -> PreTra
     Raises:
         DataError: The settings contradict each other.
     """
+    # Weight arithmetic seldom needs this, and the import takes longer than many an edit.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         return None
@@ -47,6 +50,8 @@ def require_language_model(config: Mapping[str, Any], text: str) -> None:
         UnsafeInputError: The model brings code of its own.
         DataError: The architecture is not known, is no language model, or its settings contradict each other.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     parsed = parse_config(config, text)
     if parsed is not None and type(parsed) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from keelwright.core.errors import ModelMismatchError
 from keelwright.core.protocols import TensorSource
 from keelwright.models.configs import parse_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def tied_tensors(config: Mapping[str, Any]) -> dict[str, str]:
@@ -25,6 +26,10 @@ def tied_tensors(config: Mapping[str, Any]) -> dict[str, str]:
         For example `{"lm_head.weight": "model.embed_tokens.weight"}`; empty where nothing is tied, or where the
         architecture is not known.
     """
+    if config.get("tie_word_embeddings") is False and not any(key.endswith("_config") for key in config):
+        return {}  # said outright, and no part of the model can say otherwise
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     parsed = parse_config(config)
     if parsed is None or type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {}

@@ -13,28 +13,10 @@ from typing import Any
 from keelwright.core.files import write_atomic
 from keelwright.core.protocols import TensorEntry
 from keelwright.models.dtypes import TORCH_DTYPES
-from keelwright.models.folders import read_json
+from keelwright.models.folders import TOKENIZER_FILES, read_json
 from keelwright.models.headers import FLOAT_DTYPES
 
 _MODEL_FILES = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 def copy_companions(
@@ -52,7 +34,7 @@ def copy_companions(
         SHA-256 by file name.
     """
     files = {"config.json": _write(out / "config.json", _config(model_folder, config_changes))}
-    for folder, patterns in ((model_folder, _MODEL_FILES), (tokenizer_folder, _TOKENIZER_FILES)):
+    for folder, patterns in ((model_folder, _MODEL_FILES), (tokenizer_folder, TOKENIZER_FILES)):
         for path in _matches(folder, patterns):
             name = path.relative_to(folder).as_posix()
             files[name] = _write(out / name, path.read_bytes())
@@ -74,7 +56,7 @@ def copy_tokenizer(folder: Path, out: Path) -> dict[str, str]:
     """Copy the tokenizer's files alone; return their SHA-256."""
     return {
         path.relative_to(folder).as_posix(): _write(out / path.relative_to(folder), path.read_bytes())
-        for path in _matches(folder, _TOKENIZER_FILES)
+        for path in _matches(folder, TOKENIZER_FILES)
     }
 
 

@@ -23,12 +23,15 @@ from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.headers import FLOAT_DTYPES, tensor_bytes
 from keelwright.models.memory import require_memory, shown_bytes
 from keelwright.models.names import tied_tensors
+from keelwright.ops import kernels
 from keelwright.weights.journal import taken_bytes
 from keelwright.weights.layout import Shard, lay_out
-from keelwright.weights.sources import AliasedSource, file_stamps, source_digest
+from keelwright.weights.sources import AliasedSource, Excerpt, file_stamps, source_digest
 from keelwright.weights.stream import CHUNK_ELEMENTS, effective_reach
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+OUTPUT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 _HEAD = "lm_head.weight"
 _EMBEDDING_ENDS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -107,6 +110,9 @@ def plan_edit(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     out: Path | None = None,
+    out_dtype: str | None = None,
+    digests: Mapping[str, str] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Return the plan of an edit, from headers only.
 
@@ -117,6 +123,9 @@ def plan_edit(
         sources: A source for each role of the edit.
         max_shard_bytes: Most bytes of data per output file.
         out: The output folder; when given, its disk must have room.
+        out_dtype: Dtype of every output weight, as safetensors spells it; by default that of the layout's role.
+        digests: Content digests of the sources by role, where they are known already: those of a plan just made.
+        config_changes: Keys of `config.json` that the output must state differently from the layout's model.
 
     Raises:
         ConfigError: A role has no source, or the shard limit is not positive.
@@ -133,22 +142,25 @@ def plan_edit(
             found=str(max_shard_bytes),
             fix="leave it out for 5 GB",
         )
-    sources, config_changes, notes = untie({role: sources[role] for role in edit.roles()})
-    require_same_tensors(sources, layout=edit.roles()[-1])
-    entries = sources[edit.roles()[-1]].entries()
+    sources, untied, notes = untie({role: sources[role] for role in edit.roles()})
+    require_readable(edit, sources)
+    entries = _output_entries(sources[edit.roles()[-1]].entries(), out_dtype)
     tensors = tuple(Planned(entry, effective_reach(edit, entry)) for entry in entries.values())
     memory = _memory_bytes(tensors, len(sources))
     require_memory(memory, "This edit")
     stamps = {path: stamp for source in sources.values() for path, stamp in file_stamps(source).items()}
-    with ThreadPoolExecutor() as pool:
-        # Hashing leaves the interpreter free: the models are read side by side.
-        digests = dict(zip(sources, pool.map(source_digest, sources.values()), strict=True))
+    if digests is None:
+        with ThreadPoolExecutor() as pool:
+            # Hashing leaves the interpreter free: the models are read side by side.
+            digests = dict(zip(sources, pool.map(source_digest, sources.values()), strict=True))
     rows = [[entry.name, entry.dtype, list(entry.shape)] for entry in entries.values()]
     # Edits are frozen dataclasses: their repr holds the method and every setting.
-    digest = json_digest([repr(edit), sorted(rows), digests, max_shard_bytes])
+    # Sums over a whole tensor may differ in their last digit between compiled and plain loops.
+    digest = json_digest([repr(edit), sorted(rows), dict(digests), max_shard_bytes, kernels.kind()])
     metadata = {"format": "pt", "keelwright": digest}
     shards = lay_out(entries.values(), max_shard_bytes=max_shard_bytes, metadata=metadata)
-    plan = Plan(edit, sources, tensors, shards, memory, digest, digests, config_changes, tuple(notes), stamps)
+    changes = {**(config_changes or {}), **untied}
+    plan = Plan(edit, sources, tensors, shards, memory, digest, digests, changes, tuple(notes), stamps)
     if out is not None:
         require_space(plan, out)
     return plan
@@ -166,7 +178,7 @@ def untie(
         The sources, what changes in the output's `config.json`, and notes for a person.
     """
     every = {name for source in sources.values() for name in source.entries()}
-    ties = {role: _ties(source) for role, source in sources.items()}
+    ties = {role: ties_of(source) for role, source in sources.items()}
     aliases: dict[str, dict[str, str]] = {role: {} for role in sources}
     hidden: dict[str, list[str]] = {role: [] for role in sources}
     notes: list[str] = []
@@ -215,6 +227,52 @@ def require_same_tensors(sources: Mapping[str, TensorSource], *, layout: str) ->
         _require_same_kinds(role, source, layout, sources[layout])
 
 
+def require_readable(edit: WeightEdit, sources: Mapping[str, TensorSource]) -> None:
+    """Raise unless every tensor of the output can be read from every role that the edit reads for it.
+
+    An edit that reads all of its roles for every tensor needs models with the same tensors. One that reads some roles
+    for some tensors only needs those; what else a source holds is left out.
+
+    Raises:
+        ModelMismatchError: A tensor is missing, has another shape, or is a buffer with other values.
+        DataError: A dtype is not one that weight arithmetic understands.
+    """
+    layout = edit.roles()[-1]
+    names = sources[layout].entries()
+    if all(edit.reads(name) == edit.roles() for name in names):
+        require_same_tensors(sources, layout=layout)
+        return
+    for role in edit.roles():
+        wanted = [name for name in names if role in edit.reads(name)]
+        part = Excerpt(sources[role], wanted)
+        absent = [name for name in wanted if name not in part.entries()]
+        if absent:
+            raise ModelMismatchError(
+                f"'{role}' lacks tensors that the edit reads.",
+                expected=f"{absent[0]}, as in '{layout}' ({sources[layout].describe()})",
+                found=f"{len(part.entries())} of {len(wanted)} tensors in {sources[role].describe()}",
+                fix="pass a model of the same architecture and size",
+            )
+        require_same_tensors({role: part, layout: Excerpt(sources[layout], wanted)}, layout=layout)
+
+
+def _output_entries(entries: Mapping[str, TensorEntry], dtype: str | None) -> dict[str, TensorEntry]:
+    """Return the output's tensors: those of the layout, weights in another dtype where one is asked for."""
+    if dtype is None:
+        return dict(entries)
+    if dtype not in OUTPUT_DTYPES:
+        raise ConfigError(
+            "'out_dtype' is not a dtype that weights are written in.",
+            expected=f"one of {', '.join(OUTPUT_DTYPES)}",
+            found=dtype,
+            fix="leave it out to keep the tuned model's",
+        )
+    return {
+        name: TensorEntry(name, dtype, entry.shape) if entry.dtype in FLOAT_DTYPES else entry
+        for name, entry in entries.items()
+    }
+
+
 def require_space(plan: Plan, out: Path) -> None:
     """Raise `StorageError` when the disk of `out` lacks room for the plan.
 
@@ -247,7 +305,7 @@ def _require_roles(edit: WeightEdit, sources: Mapping[str, TensorSource]) -> Non
         )
 
 
-def _ties(source: TensorSource) -> dict[str, str]:
+def ties_of(source: TensorSource) -> dict[str, str]:
     """Return tied names with the stored name of each, from the settings or, where there are none, from the names."""
     pairs = tied_tensors(source.config_json()) if isinstance(source, Configured) else {}
     if not pairs and _HEAD not in source.entries():

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from keelwright.core.digests import json_digest
 from keelwright.core.protocols import TensorEntry, TensorSource
 from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.checkpoint import Checkpoint
@@ -60,9 +61,77 @@ class AliasedSource:
         return self.inner.describe()
 
 
+@runtime_checkable
+class Wrapped(Protocol):
+    """A source around another one, whose content is the inner one's."""
+
+    @property
+    def inner(self) -> TensorSource: ...
+
+
+class Excerpt:
+    """Some tensors of a source.
+
+    Args:
+        inner: The source.
+        names: The tensors that are kept; those that the source lacks are not there either.
+    """
+
+    def __init__(self, inner: TensorSource, names: Collection[str]) -> None:
+        self.inner = inner
+        own = inner.entries()
+        self._entries = {name: own[name] for name in names if name in own}
+
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Return the kept tensors."""
+        return self._entries
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements `start:stop`."""
+        return self.inner.read(name, start, stop)
+
+    def describe(self) -> str:
+        """Return the user's own words for the source."""
+        return self.inner.describe()
+
+
+class RenamedSource:
+    """A source under other names, for example the layers of a model in another order; names may share a tensor.
+
+    Args:
+        inner: The source.
+        names: For each new name the stored one.
+        text: Words for error texts; by default those of the source.
+    """
+
+    def __init__(self, inner: TensorSource, names: Mapping[str, str], text: str | None = None) -> None:
+        self.inner = inner
+        self.names = dict(names)
+        self._text = text
+        own = inner.entries()
+        self._entries = {
+            new: TensorEntry(new, own[old].dtype, own[old].shape) for new, old in self.names.items() if old in own
+        }
+
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Return the tensors under their new names."""
+        return self._entries
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements `start:stop` of the tensor that `name` stands for."""
+        return self.inner.read(self.names[name], start, stop)
+
+    def describe(self) -> str:
+        """Return the user's own words for the source."""
+        return self._text or self.inner.describe()
+
+
 def source_digest(source: TensorSource) -> str:
     """Return a digest of a source's content: `sampled-...` where the source says that it only sampled."""
-    if isinstance(source, AliasedSource):
+    if isinstance(source, RenamedSource):
+        names = json_digest(sorted(source.names.items()))
+        return f"{source_digest(source.inner)}+{names}"
+    if isinstance(source, (AliasedSource, Excerpt)):
         return source_digest(source.inner)
     if isinstance(source, AdaptedCheckpoint):
         # Its own digest takes a base in memory by its description alone.
@@ -81,12 +150,22 @@ def source_digest(source: TensorSource) -> str:
 
 def file_stamps(source: TensorSource) -> dict[str, tuple[int, int]]:
     """Return size and time of change, in nanoseconds, of every weight file that a source reads while it is used."""
-    inner = source.inner if isinstance(source, AliasedSource) else source
-    inner = inner.base if isinstance(inner, AdaptedCheckpoint) else inner
+    inner = innermost(source)
     if not isinstance(inner, Checkpoint):
         return {}
     states = ((header.path, header.path.stat()) for header in inner.headers())
     return {str(path): (state.st_size, state.st_mtime_ns) for path, state in states}
+
+
+def innermost(source: TensorSource) -> TensorSource:
+    """Return the source on disk or in memory that all wrappers and adapters stand around."""
+    while True:
+        if isinstance(source, AdaptedCheckpoint):
+            source = source.base
+        elif isinstance(source, Wrapped):
+            source = source.inner
+        else:
+            return source
 
 
 def relative_distance(a: TensorSource, b: TensorSource) -> float:
