@@ -10,7 +10,7 @@ ifneq ($(DATA),)
 export KEELWRIGHT_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help setup demo lint test test-slow bench browser build clean
+.PHONY: help setup demo lint test test-slow bench bench-weights browser build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -41,6 +41,9 @@ test-slow: setup  ## the slow tests
 
 bench: setup  ## time and memory, compared by ratio within one run
 	$(BIN)/python -m benchmarks
+
+bench-weights: setup  ## weight arithmetic at 1.1 billion parameters beside cp (and MERGEKIT_YAML=.../mergekit-yaml)
+	$(BIN)/python -m benchmarks.weights --layers 22 --json bench-weights.json
 
 browser: ## install the distribution's Chromium for the report's browser tests
 	@if command -v chromium chromium-browser google-chrome >/dev/null 2>&1; then echo "a browser is here"; \

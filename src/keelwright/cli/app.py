@@ -18,6 +18,7 @@ from keelwright.cli.methods import methods
 from keelwright.cli.repair import repair
 from keelwright.cli.runs import app as runs
 from keelwright.cli.screen import print_json_error
+from keelwright.cli.weights import app as weights
 from keelwright.core.errors import ExitCode
 
 # Some versions of typer carry their own copy of click, so the class is reached through typer.
@@ -56,6 +57,7 @@ for command in (demo, heal, audit, compare, repair, methods):
     app.command()(command)
 app.add_typer(lab, name="lab")
 app.add_typer(runs, name="runs")
+app.add_typer(weights, name="weights")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keelwright repair METHOD`: one edit, written out."""
+"""`keelwright repair METHOD|RECIPE`: one edit, written out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,22 +13,41 @@ from keelwright.cli.options import Device, Json, Offline, Quiet, Run, Seed, Suit
 from keelwright.cli.screen import ScreenProgress, errors_as_exit_codes, print_json, stdout_console
 from keelwright.core.errors import ConfigError
 
+_RECIPES = (".yaml", ".yml", ".json")
+
 
 def repair(
-    method: Annotated[str, typer.Argument(help="linear or resta; see `keelwright methods`.")],
-    aligned: Annotated[str, typer.Option(help="Where safety was good.")],
-    tuned: Annotated[str, typer.Option(help="What came of it.")],
-    out: Annotated[Path, typer.Option(help="Where the repaired model goes.")],
+    method: Annotated[str, typer.Argument(help="A method (see `keelwright methods`), or a recipe file (.yaml).")],
+    out: Annotated[Path | None, typer.Option(help="Where the repaired model goes.")] = None,
+    tuned: Annotated[
+        list[str] | None, typer.Option(help="The tuned model; repeat it for methods that take several.")
+    ] = None,
+    aligned: Annotated[str | None, typer.Option(help="Where safety was good.")] = None,
     unaligned: Annotated[str | None, typer.Option(help="A model whose refusals were tuned away, for resta.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model from before alignment, for safe_lora and lox.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The common ancestor of both sides, for vl.")] = None,
     coefficient: Annotated[
         str | None,
-        typer.Option(help="A number (linear: 0 aligned to 1 tuned; resta: strength), or auto to search as heal does."),
+        typer.Option(
+            help="A number (0 aligned to 1 tuned; resta: strength); several with commas, one output each, from one "
+            "reading; or auto to search as heal does."
+        ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another setting of the method, for example density=0.2."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the plan per group of tensors; write nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on although the models look unrelated.")] = False,
     allow_template_change: Annotated[
         bool, typer.Option("--allow-template-change", help="Go on although the chat templates differ.")
     ] = False,
     max_shard_gb: Annotated[float, typer.Option(help="Largest output file, GB.")] = 5.0,
+    out_dtype: Annotated[str | None, typer.Option(help="BF16, F16, F32 or F64; default: the tuned model's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at work; default: one per core.", min=1)] = None,
+    executor: Annotated[str, typer.Option(help="processes, or ray for tasks on a Ray cluster.")] = "processes",
     utility: Utility = None,
     no_utility: Annotated[bool, typer.Option("--no-utility", help="With auto: choose by safety alone.")] = False,
     suite: Suite = "auto",
@@ -38,40 +58,80 @@ def repair(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Apply one repair with a given coefficient and write the model. No forward pass, no safety evaluation."""
-    if coefficient == "auto":
+    """Apply one repair with given settings and write the model. No forward pass, no safety evaluation."""
+    with errors_as_exit_codes(as_json=as_json):
+        _require_models(method, tuned, aligned, out, coefficient=coefficient, explain=explain)
+    if coefficient == "auto" and tuned and aligned and out:
         from keelwright.cli.heal import heal
 
         heal(
-            aligned, tuned, out, methods=method, utility=utility, no_utility=no_utility, unaligned=unaligned,
+            aligned, tuned[0], out, methods=method, utility=utility, no_utility=no_utility, unaligned=unaligned,
             suite=suite, max_shard_gb=max_shard_gb, allow_template_change=allow_template_change, run=run, seed=seed,
             device=device, offline=offline, quiet=quiet, as_json=as_json,
         )  # fmt: skip
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
         _require_no_search_options(utility, no_utility, suite, run)
         from keelwright.repair.materialise import repair as run_repair
+        from keelwright.weights.write import effort_of
 
         result = run_repair(
             method,
             aligned=aligned,
-            tuned=tuned,
+            tuned=tuned or [],
             unaligned=unaligned,
-            coefficient=_number(coefficient),
-            out=out,
+            base=base,
+            reference=reference,
+            coefficient=_numbers(coefficient),
+            settings=_settings(set_ or []),
+            out=out or Path(),
             offline=offline,
             max_shard_bytes=int(max_shard_gb * 1e9),
             force=force,
+            out_dtype=out_dtype,
             allow_template_change=allow_template_change,
+            effort=effort_of(workers, executor),
             progress=progress,
         )
     if as_json:
         print_json(result)
-    else:
-        console = stdout_console()
-        coefficients = ", ".join(f"{name} {value:g}" for name, value in result["coefficients"].items())
-        words = f"{result['out']}: {result['method']} with {coefficients}, safety not evaluated."
+        return
+    console = stdout_console()
+    for row in result.get("outputs", [result]):
+        named = ", ".join(f"{name} {value:g}" for name, value in row["coefficients"].items())
+        words = f"{row['out']}: {result['method']}{' with ' + named if named else ''}, safety not evaluated."
         console.print(words, markup=False, soft_wrap=True)
-        console.print(f"next: keelwright audit {result['out']} --against {aligned}", markup=False, soft_wrap=True)
+    if aligned:
+        example = result.get("outputs", [result])[0]["out"]
+        console.print(f"next: keelwright audit {example} --against {aligned}", markup=False, soft_wrap=True)
+
+
+def _require_models(
+    method: str,
+    tuned: Sequence[str] | None,
+    aligned: str | None,
+    out: Path | None,
+    *,
+    coefficient: str | None,
+    explain: bool,
+) -> None:
+    """Raise for what every repair needs; a recipe names its models itself."""
+    is_recipe = method.endswith(_RECIPES)
+    if not is_recipe and not tuned:
+        raise ConfigError(
+            f"The method '{method}' needs a tuned model.",
+            expected="--tuned MODEL",
+            found="nothing",
+            fix="pass the model to repair; or a recipe file, which names its models itself",
+        )
+    if out is None and not explain:
+        raise ConfigError("There is no place for the output.", expected="--out DIR", found="nothing", fix="add --out")
+    if coefficient == "auto" and (is_recipe or aligned is None or len(tuned or ()) != 1 or out is None):
+        raise ConfigError(
+            "A search needs one aligned and one tuned model.",
+            expected="a method with --aligned, one --tuned and --out",
+            found=f"{'a recipe' if is_recipe else method} with {len(tuned or ())} tuned models",
+            fix="give a number for --coefficient, or use keelwright heal",
+        )
 
 
 def _require_no_search_options(utility: str | None, no_utility: bool, suite: str, run: Path | None) -> None:
@@ -87,12 +147,43 @@ def _require_no_search_options(utility: str | None, no_utility: bool, suite: str
         )
 
 
-def _number(text: str | None) -> float | None:
+def _numbers(text: str | None) -> float | list[float] | None:
+    """Return the coefficient, or the several of a sweep."""
     if text is None:
         return None
     try:
-        return float(text)
+        values = [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(
-            "'--coefficient' is not a number.", expected="a number, or auto", found=text, fix="write for example 0.5"
+            "'--coefficient' is not a number.",
+            expected="a number, several with commas, or auto",
+            found=text,
+            fix="write for example 0.5",
         ) from None
+    return values[0] if len(values) == 1 else values
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of `--set`: names to plain values, written as in a recipe."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name or name in found:
+            raise ConfigError(
+                "'--set' is not understood.",
+                expected="NAME=VALUE, each name once",
+                found=pair,
+                fix="write for example --set density=0.2",
+            )
+        try:
+            found[name.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"The value of '{name}' is not understood.",
+                expected="a number, true, false, a word, or a list such as [0.5, 0.5]",
+                found=text,
+                fix=str(error).splitlines()[0],
+            ) from error
+    return found

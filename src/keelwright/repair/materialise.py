@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from keelwright.core.catalogue import MethodLine, find_method
 from keelwright.core.config import require_choice
@@ -15,15 +16,19 @@ from keelwright.core.errors import ConfigError, ModelMismatchError
 from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress, Silent, TensorSource, WeightEdit
 from keelwright.models.compatibility import require_compatible
-from keelwright.models.loading import LoadedModel
 from keelwright.models.refs import LocalModel, ModelRef, parse_ref, resolve
 from keelwright.models.sources import open_source
+from keelwright.repair.build import build_edit, coefficients_of, settings_of, tuned_role
 from keelwright.weights.adapter import adapter_terms, write_adapter
 from keelwright.weights.card import CardResults, Provenance
+from keelwright.weights.edit import TUNED
 from keelwright.weights.live import LiveSource
-from keelwright.weights.plan import MAX_SHARD_BYTES, plan_edit
+from keelwright.weights.plan import MAX_SHARD_BYTES, Plan, plan_edit
 from keelwright.weights.sources import relative_distance
-from keelwright.weights.write import Manifest, materialise
+from keelwright.weights.write import Effort, Manifest, materialise_sweep
+
+if TYPE_CHECKING:
+    from keelwright.models.loading import LoadedModel
 
 OutputForm = Literal["auto", "full", "adapter"]
 
@@ -39,39 +44,53 @@ class Output:
     form: OutputForm = "auto"
     """`auto`: an adapter when the tuned model is one and the edit allows it."""
     max_shard_bytes: int = MAX_SHARD_BYTES
+    dtype: str | None = None
+    """Dtype of the output's weights as safetensors spells it; None: the tuned model's."""
+    effort: Effort = field(default_factory=Effort)
 
 
 def repair(
     method: str,
     *,
-    aligned: str | Path | ModelRef | LoadedModel,
-    tuned: str | Path | ModelRef | LoadedModel,
+    tuned: str | Path | ModelRef | LoadedModel | Sequence[str | Path | ModelRef | LoadedModel],
+    aligned: str | Path | ModelRef | LoadedModel | None = None,
     unaligned: str | Path | ModelRef | LoadedModel | None = None,
-    coefficient: float | None = None,
+    base: str | Path | ModelRef | LoadedModel | None = None,
+    reference: str | Path | ModelRef | LoadedModel | None = None,
+    coefficient: float | Sequence[float] | None = None,
+    settings: Mapping[str, Any] | None = None,
     out: str | Path,
     offline: bool = False,
     max_shard_bytes: int | None = None,
     force: bool = False,
     output_form: OutputForm = "auto",
+    out_dtype: str | None = None,
     allow_template_change: bool = False,
+    effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Apply one repair and write the result; no forward pass, no safety evaluation.
 
     Args:
         method: Name of a repair method.
-        aligned, tuned, unaligned: Models by role, in any form of a reference.
-        coefficient: The method's coefficient; None takes its default.
+        tuned: The tuned model in any form of a reference; a list for methods that take several.
+        aligned, unaligned, base, reference: Further models by role.
+        coefficient: The method's coefficient; None takes its default. Several write one output each, from one reading
+            of the models, into `out/coefficient-VALUE`.
+        settings: Further fields of the method's config.
         out: Output folder; must not exist, or be empty.
         offline: Never ask the hub.
         max_shard_bytes: Most bytes of weights per file; None means 5 GB.
         force: Go on although the models look unrelated.
         output_form: `full`, `adapter`, or `auto`: an adapter when the tuned model is one and the edit allows it.
+        out_dtype: BF16, F16, F32 or F64; None keeps the tuned model's dtypes.
         allow_template_change: Accept different chat templates.
+        effort: How much of the machine to use.
         progress: Where to tell what is going on.
 
     Returns:
-        `{"schema", "command", "method", "coefficients", "out", "form", "files", "tensors", "bytes", "seconds"}`.
+        `{"schema", "command", "method", "coefficients", "out", "form", "files", "tensors", "bytes", "seconds"}`, with
+        `outputs` instead of the last four where several coefficients were given.
 
     Raises:
         ModelMismatchError: The models do not fit together, or look unrelated.
@@ -80,25 +99,40 @@ def repair(
     require_choice("output_form", output_form, ("auto", "full", "adapter"))
     progress = progress or Silent()
     line = find_method(method, room="repair")
-    edit_class = line.load()
-    settings = {} if coefficient is None else {"coefficient": float(coefficient)}
-    edit = edit_class(edit_class.config_class(**settings))
-    require_new_folder(Path(out), flag="--out")
-    given = {"aligned": aligned, "unaligned": unaligned, "tuned": tuned}
+    several: list[Any] = list(tuned) if isinstance(tuned, (list, tuple)) else [tuned]
+    given: dict[str, Any] = {"aligned": aligned, "unaligned": unaligned, "base": base, "reference": reference}
+    given.update({tuned_role(number): model for number, model in enumerate(several, start=1)})
+    values: list[Any] = list(coefficient) if isinstance(coefficient, (list, tuple)) else [coefficient]
+    plain = dict(settings or {})
+    edits = [
+        build_edit(
+            line,
+            plain if value is None else {**plain, "coefficient": float(value)},
+            models=len(several),
+            based=aligned is not None,
+        )
+        for value in values
+    ]
+    target = Output(
+        Path(out),
+        output_form,
+        MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
+        out_dtype,
+        effort or Effort(),
+    )
+    require_new_folder(target.out, flag="--out")
     refs = {role: parse_ref(model) for role, model in given.items() if model is not None}
-    _require_roles(line, edit, refs)
+    _require_roles(line, edits[0], refs)
     locals_ = {role: None if ref.live is not None else resolve(ref, offline=offline) for role, ref in refs.items()}
-    for role, local in locals_.items():
-        other = locals_["tuned"]
-        if role != "tuned" and local is not None and other is not None:
-            require_compatible(local, other, (role, "tuned"), allow_template_change=allow_template_change)
+    _require_compatible(locals_, allow_template_change=allow_template_change)
     sources = {role: _source(refs[role], local) for role, local in locals_.items()}
     if not force:
         _require_related(sources)
     folders = {role: local.folder for role, local in locals_.items() if local is not None}
-    target = Output(Path(out), output_form, MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes)
-    owner = locals_["tuned"] or refs["tuned"].live
-    return materialise_edit(line, edit, sources, owner, target, folders=folders, progress=progress)
+    owner = locals_[TUNED] or refs[TUNED].live
+    if len(edits) == 1:
+        return materialise_edit(line, edits[0], sources, owner, target, folders=folders, progress=progress)
+    return _materialise_several(line, edits, sources, owner, target, folders=folders, progress=progress)
 
 
 def materialise_edit(
@@ -124,36 +158,80 @@ def materialise_edit(
         folders: By role: the folder whose card names a licence. Models in memory have none.
         progress: Told about every tensor.
     """
-    coefficients = {"coefficient": float(edit.config.coefficient)}  # type: ignore[attr-defined]
-    provenance = Provenance(
-        method=line.name,
-        title=line.title,
-        citation=line.source,
-        status=line.status,
-        coefficients=coefficients,
-        folders=folders or {},
-        results=results,
-    )
-    terms = adapter_terms(edit, sources) if output.form != "full" else None
-    like = tuned.adapter_folders[-1] if isinstance(tuned, LocalModel) and len(tuned.adapter_folders) == 1 else None
-    if output.form == "adapter" and (terms is None or like is None):
-        raise ConfigError(
-            f"'{line.name}' on these models is no adapter.",
-            expected="a tuned model that is one adapter on the aligned model, and adapters or the base for the rest",
-            found=", ".join(f"{role}: {source.describe()}" for role, source in sources.items()),
-            fix="leave the output form to auto, or ask for full",
-        )
-    if terms is not None and like is not None:
-        form = "adapter"
+    provenance = _provenance(line, edit, results, folders)
+    adapter = _adapter_form(line, edit, sources, tuned, output)
+    if adapter is not None:
+        terms, like = adapter
         manifest = write_adapter(edit, sources, terms, output.out, like=like, provenance=provenance)
     else:
-        form = "full"
-        manifest = _write_full(edit, sources, tuned, output, provenance, progress)
+        (manifest,) = _write_full([edit], sources, tuned, output, [output.out], [provenance], progress)
     return {
         "schema": 1,
         "command": "repair",
         "method": line.name,
-        "coefficients": coefficients,
+        "coefficients": coefficients_of(edit),
+        **_written(manifest, "full" if adapter is None else "adapter"),
+    }
+
+
+def _materialise_several(
+    line: MethodLine,
+    edits: Sequence[WeightEdit],
+    sources: Mapping[str, TensorSource],
+    tuned: LocalModel | LoadedModel | None,
+    output: Output,
+    *,
+    folders: Mapping[str, Path],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write one output per coefficient below `output.out`: full ones from one reading of the models."""
+    values = [coefficients_of(edit)["coefficient"] for edit in edits]
+    outs = [output.out / f"coefficient-{value:g}" for value in values]
+    if len(set(outs)) != len(outs):
+        raise ConfigError(
+            "Two coefficients of the sweep are the same.",
+            expected="different numbers",
+            found=", ".join(f"{value:g}" for value in values),
+            fix="write each once",
+        )
+    provenances = [_provenance(line, edit, None, folders) for edit in edits]
+    forms = [_adapter_form(line, edit, sources, tuned, output) for edit in edits]
+    if all(form is not None for form in forms):
+        manifests = [
+            write_adapter(edit, sources, form[0], place, like=form[1], provenance=one)
+            for edit, form, place, one in zip(edits, forms, outs, provenances, strict=True)
+            if form is not None
+        ]
+        form_name = "adapter"
+    else:
+        manifests = _write_full(edits, sources, tuned, output, outs, provenances, progress)
+        form_name = "full"
+    rows = [
+        {"coefficients": coefficients_of(edit), **_written(manifest, form_name)}
+        for edit, manifest in zip(edits, manifests, strict=True)
+    ]
+    return {"schema": 1, "command": "repair", "method": line.name, "out": str(output.out), "outputs": rows}
+
+
+def _provenance(
+    line: MethodLine, edit: WeightEdit, results: CardResults | None, folders: Mapping[str, Path] | None
+) -> Provenance:
+    settings = settings_of(edit)
+    return Provenance(
+        method=line.name,
+        title=line.title,
+        citation=line.source,
+        status=line.status,
+        coefficients=coefficients_of(edit),
+        settings=settings,
+        folders=folders or {},
+        results=results,
+        seed=settings.get("seed"),
+    )
+
+
+def _written(manifest: Manifest, form: str) -> dict[str, Any]:
+    return {
         "out": str(manifest.folder),
         "form": form,
         "files": dict(manifest.files),
@@ -163,25 +241,72 @@ def materialise_edit(
     }
 
 
-def _write_full(
+def _adapter_form(
+    line: MethodLine,
     edit: WeightEdit,
     sources: Mapping[str, TensorSource],
     tuned: LocalModel | LoadedModel | None,
     output: Output,
-    provenance: Provenance,
-    progress: Progress,
-) -> Manifest:
-    plan = plan_edit(edit, sources, max_shard_bytes=output.max_shard_bytes, out=output.out)
-    progress.plan("write", plan.describe())
-    if isinstance(tuned, LocalModel):
-        return materialise(
-            plan,
-            output.out,
-            companions_from=tuned.folder,
-            tokenizer_from=tuned.tokenizer_folder,
-            provenance=provenance,
-            progress=progress,
+) -> tuple[list[Any], Path] | None:
+    """Return the adapters of the sum and the folder whose settings are kept; None where a full model is written."""
+    terms = adapter_terms(edit, sources) if output.form != "full" else None
+    like = tuned.adapter_folders[-1] if isinstance(tuned, LocalModel) and len(tuned.adapter_folders) == 1 else None
+    if terms is not None and like is not None and output.dtype is None:
+        return terms, like
+    if output.form == "adapter":
+        raise ConfigError(
+            f"'{line.name}' on these models is no adapter.",
+            expected="a tuned model that is one adapter on the aligned model, and adapters or the base for the rest",
+            found=", ".join(f"{role}: {source.describe()}" for role, source in sources.items()),
+            fix="leave the output form to auto, or ask for full",
         )
+    return None
+
+
+def _write_full(
+    edits: Sequence[WeightEdit],
+    sources: Mapping[str, TensorSource],
+    tuned: LocalModel | LoadedModel | None,
+    output: Output,
+    outs: Sequence[Path],
+    provenances: Sequence[Provenance],
+    progress: Progress,
+) -> list[Manifest]:
+    plans: list[Plan] = []
+    for edit, out in zip(edits, outs, strict=True):
+        digests = plans[0].source_digests if plans else None
+        plans.append(
+            plan_edit(
+                edit,
+                sources,
+                max_shard_bytes=output.max_shard_bytes,
+                out=out,
+                out_dtype=output.dtype,
+                digests=digests,
+            )
+        )
+    rows = plans[0].describe()
+    if len(plans) > 1:
+        rows.append(("outputs", f"{len(plans)}, from one reading of the models"))
+    progress.plan("write", rows)
+    with _companions(tuned) as (model_folder, tokenizer_folder):
+        return materialise_sweep(
+            plans,
+            outs,
+            companions_from=model_folder,
+            tokenizer_from=tokenizer_folder,
+            provenances=provenances,
+            progress=progress,
+            effort=output.effort,
+        )
+
+
+@contextmanager
+def _companions(tuned: LocalModel | LoadedModel | None) -> Iterator[tuple[Path, Path]]:
+    """Give the folders of the tuned model's config and tokenizer; those of a model in memory are saved first."""
+    if isinstance(tuned, LocalModel):
+        yield tuned.folder, tuned.tokenizer_folder
+        return
     if tuned is None:
         raise TypeError("a tuned model has files or is live")
     with tempfile.TemporaryDirectory(prefix="keelwright-") as place:
@@ -189,7 +314,17 @@ def _write_full(
         if tuned.module.generation_config is not None:
             tuned.module.generation_config.save_pretrained(place)
         tuned.tokenizer.save_pretrained(place)
-        return materialise(plan, output.out, companions_from=Path(place), provenance=provenance, progress=progress)
+        yield Path(place), Path(place)
+
+
+def _require_compatible(locals_: Mapping[str, LocalModel | None], *, allow_template_change: bool) -> None:
+    tuned = locals_[TUNED]
+    for role, local in locals_.items():
+        if role == TUNED or local is None or tuned is None:
+            continue
+        # A model from before alignment has no chat template to agree with.
+        allowed = allow_template_change or role == "base"
+        require_compatible(local, tuned, (role, TUNED), allow_template_change=allowed)
 
 
 def _source(ref: ModelRef, local: LocalModel | None) -> TensorSource:
@@ -221,9 +356,10 @@ def _require_roles(line: MethodLine, edit: WeightEdit, refs: Mapping[str, ModelR
 
 def _require_related(sources: Mapping[str, TensorSource]) -> None:
     for role, source in sources.items():
-        if role == "tuned":
+        # Alignment itself may move a model from before it that far.
+        if role in (TUNED, "base"):
             continue
-        distance = relative_distance(source, sources["tuned"])
+        distance = relative_distance(source, sources[TUNED])
         if distance > UNRELATED_ABOVE:
             raise ModelMismatchError(
                 f"'{role}' and 'tuned' do not look like parent and child.",

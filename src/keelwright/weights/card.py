@@ -28,6 +28,9 @@ class Provenance:
     citation: str = ""
     status: str = ""
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    """What names the edit among those of its method."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Every setting of the method, defaults filled in."""
     folders: Mapping[str, Path] = field(default_factory=dict)
     """By role: the folder whose card names a licence. Models in memory have none."""
     results: CardResults | None = None
@@ -64,6 +67,9 @@ def model_card(
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# Repaired with {provenance.method}", ""]
     lines += [f"Method: {provenance.title or provenance.method}.", f"Coefficients: {settings}."]
+    others = {name: value for name, value in provenance.settings.items() if name not in provenance.coefficients}
+    if others:
+        lines += [f"Other settings: {', '.join(f'{name} {_plain(value)}' for name, value in others.items())}."]
     if provenance.citation:
         lines += [f"Source of the method: {provenance.citation}."]
     if provenance.status:
@@ -107,6 +113,12 @@ def _safety_lines(results: CardResults | None) -> list[str]:
         lines.append(f"| {metric} | {' | '.join(cells)} |")
     lines += ["", "Each value with its 95 % interval and its count."]
     return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_plain(one) for one in value) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cell(estimate: Mapping[str, float] | None) -> str:

@@ -11,11 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from keelwright.core.errors import ModelMismatchError
 from keelwright.core.protocols import Reach, TensorEntry, TensorSource, WeightEdit
@@ -27,6 +26,9 @@ from keelwright.weights.plan import require_same_tensors, untie
 from keelwright.weights.sources import AliasedSource
 from keelwright.weights.stream import walk
 from keelwright.weights.survey import with_survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYOUT_ROLE = "tuned"
 """The role that the live model plays; edits name it last."""

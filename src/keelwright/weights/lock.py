@@ -43,6 +43,7 @@ def lock_text(
         "method": provenance.method,
         "status": provenance.status,
         "coefficients": dict(provenance.coefficients),
+        "settings": dict(provenance.settings),
         "seed": provenance.seed,
         "rounding": ROUNDING,
         "sources": {role: dict(source) for role, source in sources.items()},

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from keelwright.core.config import require_choice, require_in_range
 from keelwright.core.errors import DataError, NumericalError, StorageError
 from keelwright.core.files import storage_errors, sync_folder, write_atomic
 from keelwright.core.protocols import Progress, Silent
@@ -33,7 +34,6 @@ from keelwright.weights.journal import (
     Journal,
     begin,
     output_place,
-    partial_folder,
     read_journal,
     sole_writer,
 )
@@ -43,7 +43,16 @@ from keelwright.weights.plan import Plan, require_space
 from keelwright.weights.sources import file_stamps
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes, evaluate
 from keelwright.weights.survey import with_survey
-from keelwright.weights.workers import ExecutorName, Target, Work, default_workers, run_tasks, tasks_of, write_at
+from keelwright.weights.workers import (
+    EXECUTORS,
+    ExecutorName,
+    Target,
+    Work,
+    default_workers,
+    run_tasks,
+    tasks_of,
+    write_at,
+)
 
 _READ_BLOCK = 1 << 20
 # Chunks that may wait for the thread that hashes and writes; more would only take memory.
@@ -75,6 +84,18 @@ class Effort:
     executor: ExecutorName = "processes"
     chunk_elements: int = CHUNK_ELEMENTS
     """Elements evaluated at a time."""
+
+
+def effort_of(workers: int | None, executor: str) -> Effort:
+    """Return the effort that a person asked for.
+
+    Raises:
+        ConfigError: There is no such executor, or less than one worker.
+    """
+    require_choice("executor", executor, EXECUTORS)
+    if workers is not None:
+        require_in_range("workers", workers, low=1)
+    return Effort(workers, next(one for one in EXECUTORS if one == executor))
 
 
 def materialise(
@@ -438,6 +459,3 @@ class _Output:
             into.update(block)
             position += len(block)
         return True
-
-
-__all__ = ["Effort", "Manifest", "finish", "materialise", "materialise_sweep", "partial_folder", "write_text"]
