@@ -133,7 +133,7 @@ LIVE_LIMIT = 2.5
 
 
 def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
-    """Write a random bfloat16 Llama in three shards."""
+    """Write a random bfloat16 Llama in three shards: seed 1 is the parent, others differ from it by 5 %."""
     folder.mkdir()
     width, inner, keys = 2048, 5632, 256
     layer = {
@@ -151,7 +151,7 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
     for index in range(layers):
         shapes.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
     shapes.update({"model.norm.weight": (width,), "lm_head.weight": (32000, width)})
-    random = torch.Generator().manual_seed(seed)
+    random, change = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     files: list[dict[str, tuple[int, ...]]] = [{} for _ in range(SHARDS)]
     position = 0
@@ -161,10 +161,12 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
     weight_map = {}
     for number, group in enumerate(files, start=1):
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
-        tensors = {
-            name: torch.empty(shape).normal_(0.0, 0.02, generator=random).to(torch.bfloat16)
-            for name, shape in group.items()
-        }
+        tensors = {}
+        for name, shape in group.items():
+            values = torch.empty(shape).normal_(0.0, 0.02, generator=random)
+            if seed != 1:
+                values += torch.empty(shape).normal_(0.0, 0.001, generator=change)
+            tensors[name] = values.to(torch.bfloat16)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(group, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

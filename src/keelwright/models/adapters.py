@@ -1,79 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT LoRA adapters, read as what they add to each tensor, and evaluated by blocks of rows.
+"""PEFT adapters, read as what they do to each stored tensor, and evaluated by blocks of rows.
 
-An adapter adds `scale * B @ A` to a weight; for a transposed layer (Conv1D) or an embedding its transpose. Both are
+A LoRA adapter adds `scale * B @ A` to a weight; for a transposed layer (Conv1D) or an embedding its transpose. Both are
 kept as one product `scale * left @ right` in the layout of the stored tensor, so that everything after the reading is
-the same for all of them.
+the same for all of them. Kinds that are no such sum (DoRA, LoHa, LoKr, IA3, OFT, experts, token rows) are `Change`s of
+`adapter_changes`; how the files of each kind are read is in `adapter_kinds`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from keelwright.core.errors import ConfigError, DataError, ModelMismatchError
+from keelwright.core.errors import DataError, ModelMismatchError
 from keelwright.core.protocols import TensorEntry, TensorSource
+from keelwright.models.adapter_changes import Change, Dora, LoraFactors, TokenRows
+from keelwright.models.adapter_kinds import Contents, read_contents, split_key
+from keelwright.models.adapter_late import Late
 from keelwright.models.checkpoint import Checkpoint
 from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, require_adapter
 from keelwright.models.headers import FLOAT_DTYPES, read_header
-
-# Rows are always multiplied in the same blocks, whatever range is asked for: a matrix product of another height may
-# take another path through the library and end in other bits.
-_BLOCK_ELEMENTS = 1 << 16
-
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""`init_lora_weights` that leave the base weights alone; the others store a difference from changed ones."""
-
-_UNSUPPORTED_SWITCHES = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "megatron_config",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraFactors:
-    """What an adapter adds to one tensor: `scale * left @ right`, in the layout of the stored tensor."""
-
-    left: Tensor
-    """Shape `[rows, rank]`: `B` of a linear layer."""
-    right: Tensor
-    """Shape `[rank, columns]`: `A` of a linear layer."""
-    scale: float
-    """`alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the tensor that is added to."""
-        return (self.left.shape[0], self.right.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of `left`."""
-        return self.left.shape[1]
-
-    def delta(self, start_row: int = 0, stop_row: int | None = None) -> Tensor:
-        """Return rows `start_row:stop_row` of what is added, in float32."""
-        return self.scale * (self.left[start_row:stop_row].float() @ self.right.float())
+from keelwright.models.names import require_untied, tied_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +39,14 @@ class LoraAdapter:
     factors: Mapping[str, LoraFactors]
     full_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that the adapter replaces (`modules_to_save`, trained biases)."""
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    """What is no low-rank sum, applied after `full_tensors` and `factors`."""
+    late: tuple[Late, ...] = ()
+    """What cannot be known without the base's shapes; `AdaptedCheckpoint` resolves it."""
+    kind: str = "LORA"
+    """PEFT's own name of the kind."""
+    keeps_ties: bool = False
+    """Whether a tied tensor that it replaces is replaced in both places (`ensure_weight_tying`)."""
 
     def data_digest(self) -> str:
         """Return `sha256:` over names, scales and values."""
@@ -94,6 +56,14 @@ class LoraAdapter:
             digest.update(one.left.float().numpy().tobytes() + one.right.float().numpy().tobytes())
         for name, tensor in sorted(self.full_tensors.items()):
             digest.update(f"{name}\x1f{tuple(tensor.shape)}\x1f".encode() + tensor.float().numpy().tobytes())
+        for name, change in sorted(self.changes.items()):
+            digest.update(f"{name}\x1f{type(change).__name__}\x1f{change.settings()}\x1f{change.shape}\x1f".encode())
+            for tensor in change.tensors():
+                digest.update(f"{tuple(tensor.shape)}\x1f".encode() + tensor.float().contiguous().numpy().tobytes())
+        for late in self.late:
+            for name, tensor in late.tensors():
+                digest.update(f"{name}\x1f{tuple(tensor.shape)}\x1f".encode())
+                digest.update(tensor.float().contiguous().numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -107,7 +77,7 @@ class AdaptedCheckpoint:
         text: Words for error texts; by default those of the base and the adapters.
 
     Raises:
-        ModelMismatchError: An adapter touches a tensor that the base lacks or has in another shape.
+        ModelMismatchError: An adapter touches a tensor that the base lacks, has in another shape, or ties to another.
     """
 
     def __init__(
@@ -120,8 +90,9 @@ class AdaptedCheckpoint:
     ) -> None:
         self.base = base
         in_memory = [LoraAdapter("adapter in memory", factors)] if factors is not None else []
-        self.adapters = (*in_memory, *adapters)
+        self.adapters = tuple(_bound(base, adapter) for adapter in (*in_memory, *adapters))
         self._text = text or "+".join([base.describe(), *(adapter.text for adapter in self.adapters)])
+        self._remembered: dict[tuple[int, str], Tensor] = {}
         for adapter in self.adapters:
             _require_fit(base, adapter)
 
@@ -147,21 +118,51 @@ class AdaptedCheckpoint:
 
     def touched(self) -> frozenset[str]:
         """Return the names of the tensors that an adapter changes."""
-        return frozenset(name for adapter in self.adapters for name in (*adapter.factors, *adapter.full_tensors))
+        return frozenset(
+            name for one in self.adapters for names in (one.factors, one.full_tensors, one.changes) for name in names
+        )
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return elements `start:stop`: as the base stores them, or in float32 where an adapter touches the tensor."""
+        return self._read(name, start, stop, len(self.adapters))
+
+    def _read(self, name: str, start: int, stop: int, count: int, *, last_change: bool = True) -> Tensor:
+        """Return elements with the first `count` adapters on, the last one's change (not its sum) on request."""
         values = self.base.read(name, start, stop)
-        for adapter in self.adapters:
+        for index, adapter in enumerate(self.adapters[:count]):
             if name in adapter.full_tensors:
                 values = adapter.full_tensors[name].flatten()[start:stop].to(torch.float32, copy=True)
             if name in adapter.factors:
-                values = _add_rows(values.float(), adapter.factors[name], start, stop)
+                values = adapter.factors[name].apply(values.float(), start, stop)
+            if name in adapter.changes and (last_change or index + 1 < count):
+                below = _Below(self, name, index)
+                values = adapter.changes[name].apply(values.float(), start, stop, below)
         return values
 
 
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """What lies under the change that one adapter makes to one tensor."""
+
+    source: AdaptedCheckpoint
+    name: str
+    index: int
+
+    def base(self, start: int, stop: int) -> Tensor:
+        return self.source.base.read(self.name, start, stop).float()
+
+    def before(self, start: int, stop: int) -> Tensor:
+        return self.source._read(self.name, start, stop, self.index + 1, last_change=False).float()
+
+    def remember(self, make: Callable[[], Tensor]) -> Tensor:
+        key = (self.index, self.name)
+        if key not in self.source._remembered:
+            self.source._remembered[key] = make()
+        return self.source._remembered[key]
+
+
 def read_adapter(folder: Path, text: str | None = None) -> LoraAdapter:
-    """Read a PEFT LoRA folder.
+    """Read a PEFT adapter folder.
 
     Args:
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -176,25 +177,23 @@ def read_adapter(folder: Path, text: str | None = None) -> LoraAdapter:
     text = text or str(folder)
     require_adapter(folder, text)
     config = read_json(folder / ADAPTER_CONFIG, text)
-    _require_plain_lora(config, text)
-    tensors = _read_all(folder / ADAPTER_WEIGHTS)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    full: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        module, part = split_key(key)
-        if part is None:
-            full[module] = tensor
-        else:
-            pairs.setdefault(module, {})[part] = tensor
-    factors = {f"{module}.weight": _pair(module, parts, config, text) for module, parts in pairs.items()}
-    if not factors and not full:
+    found = read_contents(config, lambda: _read_all(folder / ADAPTER_WEIGHTS), text)
+    if not any((found.factors, found.full, found.changes, found.late)):
         raise DataError(
             f"The adapter '{text}' is empty.",
             expected="at least one pair of factors",
             found="no tensors",
             fix="save the adapter again",
         )
-    return LoraAdapter(text, factors, full)
+    return LoraAdapter(
+        text,
+        found.factors,
+        found.full,
+        found.changes,
+        tuple(found.late),
+        str(config.get("peft_type")),
+        bool(config.get("ensure_weight_tying")),
+    )
 
 
 def factors_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LoraFactors]:
@@ -206,68 +205,19 @@ def factors_from_state(state: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
     Raises:
         ConfigError: The adapter is of a kind that keelwright does not add.
-        DataError: A pair of factors is incomplete, or trains more than factors.
+        DataError: A pair of factors is incomplete, or the adapter does more than add low-rank sums.
     """
     text = "adapter in memory"
-    _require_plain_lora(config, text)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        module, part = split_key(key)
-        if part is None:
-            raise DataError(
-                f"The {text} trains '{module}' in full.",
-                expected="pairs of factors only",
-                found=key,
-                fix="save the adapter and read it with read_adapter",
-            )
-        pairs.setdefault(module, {})[part] = tensor
-    return {f"{module}.weight": _pair(module, parts, config, text) for module, parts in pairs.items()}
-
-
-def split_key(key: str) -> tuple[str, str | None]:
-    """Split a PEFT key into the module's name and the part: `A`, `B`, `embedding_A`, `embedding_B`.
-
-    A key that is no factor gives the tensor's own name and None.
-    """
-    name = key.removeprefix("base_model.model.")
-    match = re.fullmatch(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.[^.]+)?(?:\.weight)?", name)
-    if match:
-        return match[1], match[2]
-    return re.sub(r"\.(?:modules_to_save(?:\.default)?|base_layer|original_module)\.", ".", name), None
-
-
-def _add_rows(values: Tensor, factors: LoraFactors, start: int, stop: int) -> Tensor:
-    """Add elements `start:stop` of the delta to `values`, which the caller owns, in place."""
-    rows, columns = factors.shape
-    height = max(1, _BLOCK_ELEMENTS // max(1, columns))
-    block = start // columns // height if columns else 0
-    while (first := block * height * columns) < stop:
-        delta = factors.delta(block * height, min(rows, (block + 1) * height)).flatten()
-        low, high = max(start, first), min(stop, first + delta.numel())
-        values[low - start : high - start] += delta[low - first : high - first]
-        block += 1
-    return values
-
-
-def _require_plain_lora(config: Mapping[str, Any], text: str) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise _unsupported(text, f"peft_type {kind}")
-    for switch in _UNSUPPORTED_SWITCHES:
-        if config.get(switch):
-            raise _unsupported(text, "DoRA (use_dora)" if switch == "use_dora" else f"LoRA with {switch}")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        raise _unsupported(text, f"LoRA started with '{start}', which also changes the base weights")
-
-
-def _unsupported(text: str, found: str) -> ConfigError:
-    return ConfigError(
-        f"The adapter '{text}' is of a kind that keelwright does not add yet.",
-        expected="plain LoRA or rank-stabilised LoRA",
-        found=found,
-        fix="merge it with PEFT (merge_and_unload), save the full model, and pass that",
-    )
+    found: Contents = read_contents(config, lambda: dict(state), text)
+    other = next(iter((*found.full, *found.changes)), None) or ("its base's shapes" if found.late else None)
+    if other is not None:
+        raise DataError(
+            f"The {text} trains '{other}' in full." if found.full else f"The {text} is no low-rank sum at '{other}'.",
+            expected="pairs of factors only",
+            found=other,
+            fix="save the adapter and read it with read_adapter",
+        )
+    return found.factors
 
 
 def _read_all(path: Path) -> dict[str, Tensor]:
@@ -289,45 +239,49 @@ def _read_all(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _pair(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], text: str) -> LoraFactors:
-    kinds = frozenset(parts)
-    if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
-        raise DataError(
-            f"The adapter '{text}' has half a pair for '{module}'.",
-            expected="lora_A and lora_B",
-            found=" and ".join(f"lora_{part}" for part in sorted(kinds)),
-            fix="save the adapter again",
-        )
-    embedding = "embedding_A" in kinds
-    small_a, small_b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    fits = small_a.ndim == 2 and small_b.ndim == 2 and small_a.shape[0] == small_b.shape[1] == rank
-    if not fits or not isinstance(alpha, (int, float)):
-        raise DataError(
-            f"The adapter '{text}' has factors for '{module}' that do not fit its settings.",
-            expected=f"A [{rank}, columns] and B [rows, {rank}] with a number for lora_alpha",
-            found=f"A {list(small_a.shape)}, B {list(small_b.shape)}, lora_alpha {alpha}",
-            fix=f"restore the {ADAPTER_CONFIG} that the factors were trained with",
-        )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if embedding or config.get("fan_in_fan_out"):
-        small_a, small_b = small_b.T, small_a.T
-    return LoraFactors(small_b.float().contiguous(), small_a.float().contiguous(), scale)
+def _bound(base: TensorSource, adapter: LoraAdapter) -> LoraAdapter:
+    """Return the adapter with everything resolved that needs the base's shapes."""
+    entries = base.entries()
 
+    def turned(name: str, one: LoraFactors) -> LoraFactors:
+        # PEFT decides by the type of each layer, and keeps one setting for all of them: where the layers of an
+        # adapter differ, only the shapes can tell.
+        wrong = name in entries and one.shape != entries[name].shape and one.shape[::-1] == entries[name].shape
+        return one.transposed() if wrong else one
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that ends `module`, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    factors = {name: turned(name, one) for name, one in adapter.factors.items()}
+    changes = dict(adapter.changes)
+    for late in adapter.late:
+        for name, change in late.bind(base).items():
+            if isinstance(change, LoraFactors):
+                factors[name] = change
+            else:
+                changes[name] = change
+    for name, change in changes.items():
+        if isinstance(change, Dora) and turned(name, change.factors) is not change.factors:
+            changes[name] = change.transposed()
+    full = dict(adapter.full_tensors)
+    if isinstance(base, Checkpoint):
+        config = base.config_json()
+        kept = {name for name, change in changes.items() if isinstance(change, TokenRows)}
+        for alias, stored in tied_tensors(config).items():
+            both = alias in full and stored in full and torch.equal(full[alias], full[stored])
+            one = (alias in full) != (stored in full) and adapter.keeps_ties
+            if both or one:
+                # It stays one tensor, under the name that the base stores.
+                values = [full.pop(name) for name in (alias, stored) if name in full]
+                full[stored if stored in entries else alias] = values[0]
+                kept |= {alias, stored}
+        # Rows of a tied embedding are replaced in both places, as in PEFT; anything else would untie the two.
+        require_untied(config, adapter.text, {*factors, *full, *changes} - kept)
+    return replace(adapter, factors=factors, full_tensors=full, changes=changes, late=())
 
 
 def _require_fit(base: TensorSource, adapter: LoraAdapter) -> None:
     entries = base.entries()
     shapes: dict[str, tuple[int, ...]] = {name: one.shape for name, one in adapter.factors.items()}
     shapes.update({name: tuple(one.shape) for name, one in adapter.full_tensors.items()})
+    shapes.update({name: one.shape for name, one in adapter.changes.items()})
     strangers = [name for name in shapes if name not in entries]
     if strangers:
         shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
@@ -348,3 +302,13 @@ def _require_fit(base: TensorSource, adapter: LoraAdapter) -> None:
                 found=f"shape {list(shape)} from the adapter",
                 fix=f"pass the base that {ADAPTER_CONFIG} names",
             )
+
+
+__all__ = [
+    "AdaptedCheckpoint",
+    "LoraAdapter",
+    "LoraFactors",
+    "factors_from_state",
+    "read_adapter",
+    "split_key",
+]

@@ -8,11 +8,15 @@ at most, and never ends in an end token, after which there would be nothing to s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jinja2
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keelwright.core.digests import json_digest
 from keelwright.core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PROBE = "answer"
 

@@ -14,10 +14,12 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,37 +174,52 @@ def _run_adopted(task: Task) -> None:
 
 
 def _on_processes(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    # A forked worker starts with everything imported and the sources open; elsewhere they are pickled.
+    # A forked worker starts with everything imported and the sources open; elsewhere they are pickled. This process is
+    # one of the workers, in a thread of its own: a process less to hold in memory.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(work, os.getpid()))
-    try:
-        waiting: dict[Future[None], int] = {}
-        following = iter(enumerate(tasks))
-        # Few at a time: what is done stays close to the first gap, so that a resume has little to do twice.
-        for number, task in following:
-            waiting[pool.submit(_run_adopted, task)] = number
-            if len(waiting) < 2 * workers:
-                continue
-            yield from _finished(waiting)
-        while waiting:
-            yield from _finished(waiting)
-    except BrokenProcessPool as error:
-        raise ResourceError(
-            "A worker process died.",
-            expected=f"{workers} processes that live until the output is written",
-            found="one that was killed, perhaps for want of memory",
-            fix="run the same command again: it resumes; --workers 1 takes the least memory",
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with ExitStack() as stack:
+        pools: list[tuple[Executor, Callable[[Task], None]]] = []
+        if workers > 1:
+            pool = ProcessPoolExecutor(workers - 1, context, initializer=_adopt, initargs=(work, os.getpid()))
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            pools += [(pool, _run_adopted)] * (workers - 1)
+        here = ThreadPoolExecutor(1)
+        stack.callback(here.shutdown, wait=True, cancel_futures=True)
+        pools.append((here, partial(run_task, work)))
+        try:
+            yield from _shared_out(tasks, pools)
+        except BrokenProcessPool as error:
+            raise ResourceError(
+                "A worker process died.",
+                expected=f"{workers} processes that live until the output is written",
+                found="one that was killed, perhaps for want of memory",
+                fix="run the same command again: it resumes; --workers 1 takes the least memory",
+            ) from error
 
 
-def _finished(waiting: dict[Future[None], int]) -> Iterator[int]:
-    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-    for future in sorted(done, key=lambda one: waiting[one]):
-        number = waiting.pop(future)
-        future.result()
-        yield number
+def _shared_out(tasks: Sequence[Task], pools: Sequence[tuple[Executor, Callable[[Task], None]]]) -> Iterator[int]:
+    """Yield the index of each task as it is done; each pool has one task at work and one waiting.
+
+    Few at a time: what is done stays close to the first gap, so that a resume has little to do twice.
+    """
+    waiting: dict[Future[None], tuple[int, int]] = {}
+    following = iter(enumerate(tasks))
+    free = [*range(len(pools))] * 2
+    while True:
+        # Processes are begun by the first task they get, and before the thread is: a fork copies no thread.
+        while free and (following_task := next(following, None)) is not None:
+            number, task = following_task
+            place = free.pop(0)
+            pool, function = pools[place]
+            waiting[pool.submit(function, task)] = (number, place)
+        if not waiting:
+            return
+        done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in sorted(done, key=lambda one: waiting[one]):
+            number, place = waiting.pop(future)
+            future.result()
+            free.append(place)
+            yield number
 
 
 def _on_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[int]:

@@ -120,7 +120,7 @@ def test_adapters_of_a_half_precision_base_are_added_in_float32(make_folder: Mak
 
 
 def test_bits_do_not_depend_on_the_range_that_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("keelwright.models.adapters._BLOCK_ELEMENTS", 3 * 41)
+    monkeypatch.setattr("keelwright.models.adapter_changes.BLOCK_ELEMENTS", 3 * 41)
     torch.manual_seed(0)
     (tmp_path / "config.json").write_text("{}")
     save_file({"w": torch.randn(17, 41)}, tmp_path / "model.safetensors")
@@ -188,13 +188,14 @@ def test_keys_of_peft_lead_to_names_in_the_base(key: str, name: str, part: str |
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"peft_type": "LOHA"}, "peft_type LOHA"),
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type PREFIX_TUNING"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"peft_type": "BOFT"}, "peft_type BOFT"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING: it changes the prompt"),
+        ({"peft_type": "XLORA"}, "XLORA: it mixes adapters for each input"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication: it makes a deeper model"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens: it is on for a part of each prompt"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+        ({"use_qalora": True}, "use_qalora"),
     ],
 )
 def test_other_kinds_are_refused_by_name(adapter: tuple[Path, Path], changes: dict[str, Any], named: str) -> None:
@@ -204,6 +205,17 @@ def test_other_kinds_are_refused_by_name(adapter: tuple[Path, Path], changes: di
     assert caught.value.problem == "The adapter 'my adapter' is of a kind that keelwright does not add yet."
     assert named in str(caught.value.found)
     assert "merge it with PEFT" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "pissa", "olora", "corda", "loftq", "lora_ga"])
+def test_starts_that_change_the_base_are_refused_with_the_way_to_convert_them(
+    adapter: tuple[Path, Path], start: str
+) -> None:
+    edit_settings(adapter[1], init_lora_weights=start)
+    with pytest.raises(ConfigError) as caught:
+        read_adapter(adapter[1], "my adapter")
+    assert f"started with '{start}'" in str(caught.value.found)
+    assert "path_initial_model_for_weight_conversion" in str(caught.value.fix)
 
 
 def test_an_adapter_of_another_model_is_refused(adapter: tuple[Path, Path], make_folder: MakeFolder) -> None:
