@@ -38,7 +38,6 @@ Limits:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -154,6 +153,4 @@ class Linear(Edit):
     def _alone(self) -> str | None:
         """Return the role with weight 1 where all others have 0."""
         taking_part = {role: weight for role, weight in self.combination().items() if weight != 0.0}
-        if len(taking_part) != 1 or not math.isclose(*taking_part.values(), 1.0, rel_tol=0.0, abs_tol=0.0):
-            return None
-        return next(iter(taking_part))
+        return next(iter(taking_part)) if list(taking_part.values()) == [1.0] else None
