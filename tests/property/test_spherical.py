@@ -102,8 +102,8 @@ def near(one: Tensor, two: Tensor, tolerance: float = 1e-5) -> bool:
 
 EDITS: dict[str, Any] = {
     "linear": Linear(LinearConfig(0.3)),
-    "linear, three tuned": Linear(LinearConfig(weights=(0.2, 1.0, 0.7, 0.4)), models=3),
-    "linear, no base": Linear(LinearConfig(weights=(1.0, 0.7, 0.4)), models=3, based=False),
+    "linear, three tuned": Linear(LinearConfig(weight=(0.2, 1.0, 0.7, 0.4)), models=3),
+    "linear, no base": Linear(LinearConfig(weight=(1.0, 0.7, 0.4)), models=3, based=False),
     "slerp": Slerp(SlerpConfig(0.3)),
     "nuslerp": Nuslerp(NuslerpConfig((1.0, 2.0))),
     "nuslerp by last axis": Nuslerp(NuslerpConfig((1.0, 2.0), flatten=False)),
@@ -161,8 +161,8 @@ def test_the_order_of_the_models_does_not_matter_where_their_weights_move_with_t
     turned, share = [models[one] for one in order], tuple(weights[one] for one in order)
     for kind, config in ((Linear, LinearConfig), (Multislerp, MultislerpConfig), (Karcher, KarcherConfig)):
         settings = {} if kind is Karcher else {"based": False}
-        here = kind(config(weights=weights), models=3, **settings)  # type: ignore[operator]
-        there = kind(config(weights=share), models=3, **settings)  # type: ignore[operator]
+        here = kind(config(weight=weights), models=3, **settings)  # type: ignore[operator]
+        there = kind(config(weight=share), models=3, **settings)  # type: ignore[operator]
         given_here, given_there = roles([base, *models]), roles([base, *turned])
         if kind is Multislerp:
             assume(facts(here, given_here)["agreement"] > 1e-3)
@@ -272,9 +272,9 @@ def test_a_combination_says_what_the_edit_computes(
     models = roles(draw(seed, shape, torch.float32, ["random"] * 3))
     share = tuple(weight / math.fsum(weights) for weight in weights)
     for edit in (
-        Linear(LinearConfig(weights=weights), models=2),
-        Linear(LinearConfig(weights=weights, normalize=False), models=2),
-        LmCocktail(LmCocktailConfig(weights=share), models=2),
+        Linear(LinearConfig(weight=weights), models=2),
+        Linear(LinearConfig(weight=weights, normalize=False), models=2),
+        LmCocktail(LmCocktailConfig(weight=share), models=2),
         LmCocktail(LmCocktailConfig(losses=weights), models=2),
     ):
         wanted = sum(weight * models[role].double() for role, weight in edit.combination().items())

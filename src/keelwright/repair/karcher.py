@@ -16,7 +16,7 @@ Equation:
     | symbol | name |
     |---|---|
     | x_i | `tuned`, `tuned_2`, ... |
-    | a_i | `weights`, divided by their sum |
+    | a_i | `weight`, divided by their sum |
     | tol, number of steps | `tol`, `max_iter` |
 
 Differs from the official code:
@@ -59,7 +59,7 @@ _OPPOSITE = 1e-6
 class KarcherConfig:
     """Settings of the Karcher mean."""
 
-    weights: float | tuple[float, ...] = 1.0
+    weight: float | tuple[float, ...] = 1.0
     """Weight of each model in the order given, 0 or more; only their ratios count. Source: ours; the program's are
     equal."""
 
@@ -71,7 +71,7 @@ class KarcherConfig:
     direction. Between 0 and 1. Source: mergekit."""
 
     def __post_init__(self) -> None:
-        require_numbers("weights", self.weights, low=0.0)
+        require_numbers("weight", self.weight, low=0.0)
         require_in_range("max_iter", self.max_iter, low=1)
         require_in_range("tol", self.tol, low=0.0, high=1.0, low_open=True, high_open=True)
 
@@ -148,7 +148,7 @@ def karcher(
     Raises:
         ConfigError: All weights are zero.
     """
-    mean = karcher_mean(gram(models), normalized("weights", weights), max_iter=max_iter, tol=tol)
+    mean = karcher_mean(gram(models), normalized("weight", weights), max_iter=max_iter, tol=tol)
     return sum_from_base(models, mean.weights)
 
 
@@ -211,7 +211,7 @@ class Karcher(Edit):
         return [chunk.tensors[role] for role in model_roles(self.models)]
 
     def _shares(self) -> tuple[float, ...]:
-        return normalized("weights", one_per_model("weights", self.config.weights, self.models))
+        return normalized("weight", one_per_model("weight", self.config.weight, self.models))
 
 
 def _length(coefficients: Tensor, units: Tensor) -> float:

@@ -2,7 +2,7 @@
 """Linear interpolation between a model before tuning and the same model after it; weighted averages of several models.
 
 The first thing to try when tuning on ordinary data lost some refusals and the model from before is at hand (with
-LoRA it always is: it is the base). No data, no training, no forward pass. With `weights` the same sum over any number
+LoRA it always is: it is the base). No data, no training, no forward pass. With `weight` the same sum over any number
 of models: a model soup.
 
 Source:
@@ -21,7 +21,7 @@ Equation:
     | theta_t | `tuned` |
     | lambda | `coefficient`, the weight of the tuned model |
     | x_i | `aligned` where it takes part (`based`), then `tuned`, `tuned_2`, ... |
-    | w_i | `weights`, in that order |
+    | w_i | `weight`, in that order |
 
 Differs from the official code:
     The official code calls a merging program; the arithmetic is the same. Entries that both models share stay
@@ -61,19 +61,19 @@ class LinearConfig:
 
     coefficient: float = 0.6
     """Weight of the tuned model, 0 to 1. 0 returns the aligned model, 1 the tuned model, each byte for byte. Not read
-    where there are `weights`. Source: arXiv 2412.19512, best region 0.5 to 0.6."""
+    where there are `weight`. Source: arXiv 2412.19512, best region 0.5 to 0.6."""
 
-    weights: float | tuple[float, ...] | None = None
+    weight: float | tuple[float, ...] | None = None
     """Weight of each model in the order given, the aligned one first where it takes part; a single number counts for
     all. Any finite numbers. None: two models and `coefficient`."""
 
     normalize: bool = True
-    """Divide `weights` by their sum."""
+    """Divide `weight` by their sum."""
 
     def __post_init__(self) -> None:
         require_in_range("coefficient", self.coefficient, low=0.0, high=1.0)
-        if self.weights is not None:
-            require_numbers("weights", self.weights)
+        if self.weight is not None:
+            require_numbers("weight", self.weight)
 
 
 def linear(
@@ -103,7 +103,7 @@ class Linear(Edit):
     models: int = 1
     """Number of tuned models."""
     based: bool = True
-    """Whether the aligned model takes part; with `weights` it has the first of them."""
+    """Whether the aligned model takes part; with `weight` it has the first of them."""
 
     config_class: ClassVar[type[LinearConfig]] = LinearConfig
     search_space: ClassVar[SearchSpace] = SearchSpace(neutral=1.0, grid=(0.2, 0.4, 0.6, 0.8))
@@ -112,12 +112,12 @@ class Linear(Edit):
 
     def __post_init__(self) -> None:
         require_models("linear", self.models, least=self.min_models)
-        if self.config.weights is None and (self.models, self.based) != (1, True):
+        if self.config.weight is None and (self.models, self.based) != (1, True):
             raise ConfigError(
                 "'linear' needs a weight for each model.",
-                expected="'weights', or an aligned and a single tuned model with a 'coefficient'",
-                found=f"{self.models} tuned, {'an' if self.based else 'no'} aligned model and no 'weights'",
-                fix="set 'weights': one per model, or one number for all",
+                expected="'weight', or an aligned and a single tuned model with a 'coefficient'",
+                found=f"{self.models} tuned, {'an' if self.based else 'no'} aligned model and no 'weight'",
+                fix="set 'weight': one per model, or one number for all",
             )
         self.combination()
 
@@ -135,19 +135,19 @@ class Linear(Edit):
 
     def edit(self, name: str, chunk: Chunk, found: Found) -> Tensor:
         """Return the interpolated weights of the chunk."""
-        if self.config.weights is None:
+        if self.config.weight is None:
             return linear(chunk.tensors["aligned"], chunk.tensors["tuned"], coefficient=self.config.coefficient)
         weights = self.combination()
         return sum_from_base([chunk.tensors[role] for role in weights], list(weights.values()))
 
     def combination(self) -> Mapping[str, float]:
         """Return the weight of each role; the edit is their sum."""
-        if self.config.weights is None:
+        if self.config.weight is None:
             return {"aligned": 1.0 - self.config.coefficient, "tuned": self.config.coefficient}
         order = (*(("aligned",) if self.based else ()), *model_roles(self.models))
-        weights = one_per_model("weights", self.config.weights, len(order))
+        weights = one_per_model("weight", self.config.weight, len(order))
         if self.config.normalize:
-            weights = normalized("weights", weights)
+            weights = normalized("weight", weights)
         return dict(zip(order, weights, strict=True))
 
     def _alone(self) -> str | None:

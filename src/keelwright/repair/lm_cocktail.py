@@ -13,7 +13,7 @@ Equation:
     | symbol | name |
     |---|---|
     | theta_i | `aligned` where it takes part (`based`), then `tuned`, `tuned_2`, ... |
-    | w_i | `weights`, in that order, where they are fixed |
+    | w_i | `weight`, in that order, where they are fixed |
     | L_i | `losses`, in that order, nats per token |
     | T | `temperature` |
 
@@ -65,7 +65,7 @@ _BATCH = 8
 class LmCocktailConfig:
     """Settings of LM-Cocktail: fixed weights, or losses to take them from."""
 
-    weights: tuple[float, ...] | None = None
+    weight: tuple[float, ...] | None = None
     """Fixed weight of each model in the order given, the aligned one first where it takes part; they sum to 1. None:
     from the losses. Source: the official README, for instance 0.7 and 0.3."""
 
@@ -80,21 +80,21 @@ class LmCocktailConfig:
         require_in_range("temperature", self.temperature, low=0.0, low_open=True, high_open=True)
         if self.losses is not None:
             require_numbers("losses", self.losses, low=0.0)
-        if self.weights is None:
+        if self.weight is None:
             return
-        require_numbers("weights", self.weights)
+        require_numbers("weight", self.weight)
         if self.losses is not None:
             raise ConfigError(
-                "'weights' and 'losses' exclude each other.",
+                "'weight' and 'losses' exclude each other.",
                 expected="fixed weights, or losses to take them from",
                 found="both",
                 fix="leave one of them out",
             )
-        if abs(math.fsum(self.weights) - 1.0) > _SUM_TOLERANCE:
+        if abs(math.fsum(self.weight) - 1.0) > _SUM_TOLERANCE:
             raise ConfigError(
-                "'weights' of lm_cocktail do not sum to 1.",
+                "'weight' of lm_cocktail do not sum to 1.",
                 expected="weights with the sum 1",
-                found=f"{', '.join(f'{weight:g}' for weight in self.weights)}: {math.fsum(self.weights):g}",
+                found=f"{', '.join(f'{weight:g}' for weight in self.weight)}: {math.fsum(self.weight):g}",
                 fix="scale them, or use linear, which normalises",
             )
 
@@ -175,7 +175,7 @@ class LmCocktail(Edit):
 
     def __post_init__(self) -> None:
         require_models("lm_cocktail", self.models, least=self.min_models)
-        for name in ("weights", "losses"):
+        for name in ("weight", "losses"):
             if (values := getattr(self.config, name)) is not None:
                 one_per_model(name, values, len(self.order()))
 
@@ -209,7 +209,7 @@ class LmCocktail(Edit):
         Raises:
             DataError: There are no examples, or one is longer than the model's positions.
         """
-        if self.config.weights is not None or self.config.losses is not None:
+        if self.config.weight is not None or self.config.losses is not None:
             return self
         ingredients.require("examples")
         module, losses = ingredients.module, []
@@ -235,15 +235,15 @@ class LmCocktail(Edit):
             ConfigError: There are neither weights nor losses.
         """
         config = self.config
-        weights = config.weights
+        weights = config.weight
         if config.losses is not None:
             weights = cocktail_weights(config.losses, temperature=config.temperature)
         if weights is None:
             raise ConfigError(
                 "'lm_cocktail' has no weights.",
-                expected="examples to measure losses on, 'losses', or fixed 'weights'",
+                expected="examples to measure losses on, 'losses', or fixed 'weight'",
                 found="none of them",
-                fix="give a file of examples, or set 'weights'",
+                fix="give a file of examples, or set 'weight'",
             )
         return dict(zip(self.order(), weights, strict=True))
 

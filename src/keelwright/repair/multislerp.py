@@ -16,7 +16,7 @@ Equation:
     | b | `aligned`, where `based` |
     | x_i | `tuned`, `tuned_2`, ... |
     | d_i | the task vector `x_i - b` |
-    | w_i | `weights`, divided by their sum with `normalize_weights` |
+    | w_i | `weight`, divided by their sum with `normalize_weights` |
 
 Differs from the official code:
     The description projects the directions into the tangent space at `M / |M|`, sums them there with the same weights
@@ -55,7 +55,7 @@ from keelwright.weights.edit import Edit, model_roles, tuned_roles
 class MultislerpConfig:
     """Settings of the mean direction of several models."""
 
-    weights: float | tuple[float, ...] = 1.0
+    weight: float | tuple[float, ...] = 1.0
     """Weight of each model in the order given; a single number counts for all. Any finite numbers."""
 
     normalize_weights: bool = True
@@ -65,7 +65,7 @@ class MultislerpConfig:
     """Length of the mean of unit vectors below which there is no direction. Above 0. Source: mergekit."""
 
     def __post_init__(self) -> None:
-        require_numbers("weights", self.weights)
+        require_numbers("weight", self.weight)
         require_in_range("eps", self.eps, low=0.0, low_open=True, high_open=True)
 
 
@@ -125,7 +125,7 @@ def multislerp(
         NumericalError: The directions of more than two models cancel.
         ConfigError: The weights sum to zero and are to be normalised.
     """
-    shares = normalized("weights", weights) if normalize_weights else weights
+    shares = normalized("weight", weights) if normalize_weights else weights
     mean = _require_mean(mean_direction(gram(models, base=base), shares, eps=eps), "the tensor", eps)
     return sum_from_base(models, mean.weights, base)
 
@@ -190,8 +190,8 @@ class Multislerp(Edit):
         return models, chunk.tensors["aligned"] if self.based else None
 
     def _weights(self) -> tuple[float, ...]:
-        weights = one_per_model("weights", self.config.weights, self.models)
-        return normalized("weights", weights) if self.config.normalize_weights else weights
+        weights = one_per_model("weight", self.config.weight, self.models)
+        return normalized("weight", weights) if self.config.normalize_weights else weights
 
 
 def _require_mean(mean: MeanDirection | None, where: str, eps: float) -> MeanDirection:

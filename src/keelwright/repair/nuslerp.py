@@ -16,7 +16,7 @@ Equation:
     | b | `aligned`, where `based` |
     | x_1, x_2 | `tuned`, `tuned_2` |
     | d_i | the task vector `x_i - b` |
-    | w_i | `weights` |
+    | w_i | `weight` |
 
 Differs from the official code:
     Linear for a zero vector, where the official code takes the coefficients of a right angle; and linear for opposite
@@ -57,7 +57,7 @@ _OPPOSITE = 1e-6
 class NuslerpConfig:
     """Settings of spherical interpolation of two tuned models."""
 
-    weights: float | tuple[float, ...] = 1.0
+    weight: float | tuple[float, ...] = 1.0
     """Weight of each model in the order given; only their ratio counts. Any finite numbers."""
 
     flatten: bool = True
@@ -68,7 +68,7 @@ class NuslerpConfig:
     one axis is one vector. Source: mergekit, `nuslerp_row_wise`, whose documentation says it the other way round."""
 
     def __post_init__(self) -> None:
-        require_numbers("weights", self.weights)
+        require_numbers("weight", self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Nuslerp(Edit):
 
     def __post_init__(self) -> None:
         require_models("nuslerp", self.models, least=2, most=2)
-        one_per_model("weights", self.config.weights, 2)
+        one_per_model("weight", self.config.weight, 2)
 
     def roles(self) -> tuple[str, ...]:
         """Return the models it reads."""
@@ -223,7 +223,7 @@ class Nuslerp(Edit):
         return (chunk.tensors["tuned"], chunk.tensors["tuned_2"]), chunk.tensors["aligned"] if self.based else None
 
     def _place(self) -> float:
-        return place(one_per_model("weights", self.config.weights, 2))
+        return place(one_per_model("weight", self.config.weight, 2))
 
 
 def _elementwise(models: tuple[Tensor, Tensor], base: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -163,7 +163,7 @@ def test_a_model_with_all_the_weight_is_copied(weights, models, role):
 
 
 def test_negative_weights_and_a_sum_of_zero_are_errors():
-    with pytest.raises(ConfigError, match="'weights' is out of range"):
+    with pytest.raises(ConfigError, match="'weight' is out of range"):
         KarcherConfig((1.0, -1.0))
     with pytest.raises(ConfigError, match="sum to zero"):
         Karcher(KarcherConfig((0.0, 0.0)), models=2)

@@ -120,14 +120,14 @@ def test_the_known_answer_of_two_models_comes_out_of_the_engine():
     ],
 )
 def test_several_models_are_weighted_in_the_order_given_the_aligned_one_first(weights, normalize, wanted):
-    edit = Linear(LinearConfig(weights=weights, normalize=normalize), models=2)
+    edit = Linear(LinearConfig(weight=weights, normalize=normalize), models=2)
     assert edit.roles() == ("aligned", "tuned_2", "tuned")
     assert run(edit, **SEVERAL).tolist() == pytest.approx(wanted, abs=1e-7)
     assert list(edit.combination().values()) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_without_the_aligned_model_the_tuned_ones_are_averaged():
-    edit = Linear(LinearConfig(weights=(1.0, 3.0)), models=2, based=False)
+    edit = Linear(LinearConfig(weight=(1.0, 3.0)), models=2, based=False)
     assert edit.roles() == ("tuned_2", "tuned")
     assert run(edit, **SEVERAL).tolist() == [0.0, 0.25, 0.75]
 
@@ -136,34 +136,34 @@ def test_without_the_aligned_model_the_tuned_ones_are_averaged():
     ("weights", "role"), [((0.0, 3.0, 0.0), "tuned"), ((0.0, 0.0, 1.0), "tuned_2"), ((2.0, 0.0, 0.0), "aligned")]
 )
 def test_a_model_with_all_the_weight_is_copied(weights, role):
-    edit = Linear(LinearConfig(weights=weights), models=2)
+    edit = Linear(LinearConfig(weight=weights), models=2)
     assert edit.reach("w") is Reach.COPY and edit.copies("w") == role
 
 
 def test_a_single_model_with_half_a_weight_is_halved_where_nothing_is_normalised():
-    edit = Linear(LinearConfig(weights=(0.5,), normalize=False), based=False)
+    edit = Linear(LinearConfig(weight=(0.5,), normalize=False), based=False)
     assert edit.reach("w") is Reach.POINTWISE
     assert run(edit, **SEVERAL).tolist() == [0.0, 0.5, 0.0]
 
 
 def test_weights_on_which_all_agree_stay_to_the_bit():
     model = torch.tensor([0.1, 1 / 3, -1e-30])
-    edit = Linear(LinearConfig(weights=(0.3, 0.5, 0.9)), models=2)
+    edit = Linear(LinearConfig(weight=(0.3, 0.5, 0.9)), models=2)
     assert torch.equal(run(edit, aligned=model, tuned=model, tuned_2=model), model)
 
 
 def test_several_models_without_weights_are_an_error():
     with pytest.raises(ConfigError, match="needs a weight for each model") as caught:
         Linear(models=2)
-    assert caught.value.fix == "set 'weights': one per model, or one number for all"
+    assert caught.value.fix == "set 'weight': one per model, or one number for all"
 
 
 def test_weights_that_sum_to_zero_or_are_too_few_are_errors():
     with pytest.raises(ConfigError, match="sum to zero"):
-        Linear(LinearConfig(weights=(1.0, -1.0)))
-    with pytest.raises(ConfigError, match="'weights' does not fit the number of models"):
-        Linear(LinearConfig(weights=(1.0, 1.0)), models=2)
-    with pytest.raises(ConfigError, match="'weights' is out of range"):
-        LinearConfig(weights=(1.0, float("nan")))
-    with pytest.raises(ConfigError, match="'weights' is empty"):
-        LinearConfig(weights=())
+        Linear(LinearConfig(weight=(1.0, -1.0)))
+    with pytest.raises(ConfigError, match="'weight' does not fit the number of models"):
+        Linear(LinearConfig(weight=(1.0, 1.0)), models=2)
+    with pytest.raises(ConfigError, match="'weight' is out of range"):
+        LinearConfig(weight=(1.0, float("nan")))
+    with pytest.raises(ConfigError, match="'weight' is empty"):
+        LinearConfig(weight=())

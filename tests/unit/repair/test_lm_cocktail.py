@@ -79,7 +79,7 @@ def test_losses_follow_the_order_in_which_models_were_given():
 
 
 def test_fixed_weights_without_the_aligned_model():
-    edit = LmCocktail(LmCocktailConfig(weights=(0.7, 0.3)), models=2, based=False)
+    edit = LmCocktail(LmCocktailConfig(weight=(0.7, 0.3)), models=2, based=False)
     assert edit.combination() == {"tuned": 0.7, "tuned_2": 0.3}
     assert close(run(edit, tuned=torch.tensor([1.0, 0.0]), tuned_2=torch.tensor([0.0, 1.0])), (0.7, 0.3))
 
@@ -87,14 +87,14 @@ def test_fixed_weights_without_the_aligned_model():
 def test_without_weights_and_losses_the_error_says_what_is_needed():
     with pytest.raises(ConfigError, match="'lm_cocktail' has no weights") as caught:
         LmCocktail().combination()
-    assert caught.value.fix == "give a file of examples, or set 'weights'"
+    assert caught.value.fix == "give a file of examples, or set 'weight'"
 
 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"weights": (0.7, 0.4)}, "do not sum to 1"),
-        ({"weights": (0.5, 0.5), "losses": (1.0, 2.0)}, "exclude each other"),
+        ({"weight": (0.7, 0.4)}, "do not sum to 1"),
+        ({"weight": (0.5, 0.5), "losses": (1.0, 2.0)}, "exclude each other"),
         ({"losses": (1.0, math.nan)}, "'losses' is out of range"),
         ({"temperature": 0.0}, "'temperature' is out of range"),
     ],

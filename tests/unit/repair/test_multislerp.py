@@ -131,7 +131,7 @@ def test_weights_that_sum_to_zero_cannot_be_normalised():
 
 
 def test_a_weight_per_model_is_needed():
-    with pytest.raises(ConfigError, match="'weights' does not fit") as caught:
+    with pytest.raises(ConfigError, match="'weight' does not fit") as caught:
         Multislerp(MultislerpConfig((1.0, 2.0)), models=3)
     assert caught.value.expected == "3 numbers, one per model in the order given, or a single one"
 

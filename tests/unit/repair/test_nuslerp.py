@@ -151,7 +151,7 @@ def test_it_takes_exactly_two_models():
     with pytest.raises(ConfigError, match="'nuslerp' does not take 3 tuned models") as caught:
         Nuslerp(models=3)
     assert caught.value.expected == "exactly 2, beside the aligned one where it reads that"
-    with pytest.raises(ConfigError, match="'weights' does not fit"):
+    with pytest.raises(ConfigError, match="'weight' does not fit"):
         Nuslerp(NuslerpConfig((1.0, 2.0, 3.0)))
 
 

@@ -7,7 +7,8 @@ import torch
 from keelwright.core.catalogue import find_method
 from keelwright.core.errors import ConfigError
 from keelwright.core.protocols import Chunk, Reach, TensorEntry
-from keelwright.repair.resta import Resta, RestaConfig, resta
+from keelwright.models.adapters import LoraFactors
+from keelwright.repair.resta import Resta, RestaConfig, add_factors, resta
 
 ALIGNED = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 UNALIGNED = torch.tensor([[0.0, 2.0], [5.0, 4.5]])
@@ -68,8 +69,8 @@ def test_with_strength_every_chunk_stands_alone():
     edit = Resta(RestaConfig(0.5))
     roles = {"aligned": ALIGNED, "unaligned": UNALIGNED, "tuned": TUNED}
     chunk = Chunk({role: one.flatten() for role, one in roles.items()}, 0, TensorEntry("w", "F32", (2, 2)))
-    assert edit.reach("w") is Reach.POINTWISE and edit.reduce("w", chunk) == {}
-    assert edit.edit("w", chunk, None).tolist() == [2.0, 2.0, 2.0, 2.75]
+    assert edit.reach("w") is Reach.POINTWISE and edit.reduce("w", chunk, {}) == {}
+    assert edit.edit("w", chunk, {}).tolist() == [2.0, 2.0, 2.0, 2.75]
 
 
 def test_the_combination_sums_to_one():
@@ -81,3 +82,39 @@ def test_the_catalogue_loads_it_and_says_that_it_is_a_reconstruction():
     assert line.load() is Resta and line.status == "reconstruction"
     assert all(Resta.config_class(one).coefficient == one for one in Resta.search_space.grid)
     assert Resta.search_space.neutral == 0.0
+
+
+def random_factors(seed, right=None):
+    random = torch.Generator().manual_seed(seed)
+    left, own = torch.randn(3, 2, generator=random), torch.randn(2, 4, generator=random)
+    return LoraFactors(left, own if right is None else right, 0.5)
+
+
+def test_adding_factors_is_another_method():
+    task, safety = random_factors(0), random_factors(1)
+    both = add_factors(task, safety, coefficient=0.5).delta()
+    cross = 0.25 * (task.left @ safety.right + safety.left @ task.right)
+    assert torch.allclose(both, task.delta() + 0.25 * safety.delta() + cross, atol=1e-6)
+    base = torch.zeros(3, 4)
+    in_weights = resta(base, base - safety.delta(), base + task.delta(), coefficient=0.5)
+    assert not torch.allclose(both, in_weights, atol=0.1)
+
+
+def test_adding_factors_that_share_a_overshoots_by_one_plus_gamma():
+    task = random_factors(0)
+    safety = random_factors(1, right=task.right)
+    base = torch.zeros(3, 4)
+    in_weights = resta(base, base - safety.delta(), base + task.delta(), coefficient=0.5)
+    assert torch.allclose(add_factors(task, safety, coefficient=0.5).delta(), 1.5 * in_weights, atol=1e-6)
+
+
+def test_factors_of_other_ranks_are_refused():
+    one = random_factors(0)
+    with pytest.raises(ConfigError, match="same rank, shape and scale") as caught:
+        add_factors(one, LoraFactors(one.left[:, :1], one.right[:1], 0.5), coefficient=1.0)
+    assert caught.value.found == "factors (3, 1) and (1, 4) with scale 0.5"
+
+
+def test_it_is_task_arithmetic_from_the_unaligned_model():
+    both = UNALIGNED + 1.0 * (TUNED - UNALIGNED) + 0.7 * (ALIGNED - UNALIGNED)
+    assert torch.allclose(resta(ALIGNED, UNALIGNED, TUNED, coefficient=0.7), both, atol=1e-6)
