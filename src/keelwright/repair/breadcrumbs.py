@@ -31,9 +31,9 @@ Cost:
     the write.
 
 Limits:
-    The paper's shares depend on the architecture and were not read; the defaults are those of a common merging guide.
-    No coefficient gives the tuned model back while the density is below 1. Float64
-    tensors are ordered by their float32 values.
+    The paper's shares were not read: the default of `gamma` is a merging program's, that of `density` is ours. No
+    coefficient gives the tuned model back while the density is below 1. Float64 tensors are ordered by their float32
+    values.
 """
 
 from __future__ import annotations

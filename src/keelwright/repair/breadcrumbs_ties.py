@@ -26,17 +26,18 @@ Equation:
 Differs from the official code:
     The shares are counts, `trunc(rho n)` kept and `trunc(gamma n)` dropped at the top, met exactly; of equal magnitudes
     the lowest flat index counts as the larger. Where `gamma` is above `1 - rho` the density wins. Weights per model,
-    `normalize` and `rescale` are options of merging programs. Reconstruction: the
-    paper has no election; the combination is the merging programs', from the description of their behaviour.
+    `normalize` and `rescale` are options of merging programs. Reconstruction: the paper
+    has no election; the combination is the merging programs', from a description of their behaviour. The count
+    election is ours.
 
 Cost:
     No passes over data. Three reads of each tensor for the exact thresholds, one more for `rescale: l1`, then one with
     the write.
 
 Limits:
-    The paper's shares depend on the architecture and were not read; the defaults are those of a common merging guide.
-    No coefficient gives the tuned model back while the density is below 1. Float64
-    tensors are ordered by their float32 values.
+    The paper's shares were not read: the default of `gamma` is a merging program's, that of `density` is ours. No
+    coefficient gives the tuned model back while the density is below 1. Float64 tensors are ordered by their float32
+    values.
 """
 
 from __future__ import annotations

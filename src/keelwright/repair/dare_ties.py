@@ -23,8 +23,8 @@ Equation:
 
 Differs from the official code:
     Masks are a function of seed, model, tensor and place, not of a global random stream, so no mask is the official
-    one; their statistics are. Weights per model, `normalize` and the count election are options of
-    merging programs; the paper joins DARE with TIES-Merging, which trims and averages on top.
+    one; their statistics are. Weights per model and `normalize` are options of merging programs, the
+    count election is ours; the paper joins DARE with TIES-Merging, which trims and averages on top.
     `rescale: l1` is the merging programs' own reading: it keeps the sum of magnitudes, and is unbiased only for large
     tensors without dominant entries.
 

@@ -113,6 +113,7 @@ def plan_edit(
     out_dtype: str | None = None,
     digests: Mapping[str, str] | None = None,
     config_changes: Mapping[str, Any] | None = None,
+    tied: bool = True,
 ) -> Plan:
     """Return the plan of an edit, from headers only.
 
@@ -126,6 +127,7 @@ def plan_edit(
         out_dtype: Dtype of every output weight, as safetensors spells it; by default that of the layout's role.
         digests: Content digests of the sources by role, where they are known already: those of a plan just made.
         config_changes: Keys of `config.json` that the output must state differently from the layout's model.
+        tied: Give every source a head of its own where some tie it; False where the sources are presented that way.
 
     Raises:
         ConfigError: A role has no source, or the shard limit is not positive.
@@ -142,7 +144,11 @@ def plan_edit(
             found=str(max_shard_bytes),
             fix="leave it out for 5 GB",
         )
-    sources, untied, notes = untie({role: sources[role] for role in edit.roles()})
+    sources = {role: sources[role] for role in edit.roles()}
+    untied: dict[str, Any] = {}
+    notes: list[str] = []
+    if tied:
+        sources, untied, notes = untie(sources)
     require_readable(edit, sources)
     entries = _output_entries(sources[edit.roles()[-1]].entries(), out_dtype)
     tensors = tuple(Planned(entry, effective_reach(edit, entry)) for entry in entries.values())
@@ -242,18 +248,28 @@ def require_readable(edit: WeightEdit, sources: Mapping[str, TensorSource]) -> N
     if all(edit.reads(name) == edit.roles() for name in names):
         require_same_tensors(sources, layout=layout)
         return
-    for role in edit.roles():
-        wanted = [name for name in names if role in edit.reads(name)]
-        part = Excerpt(sources[role], wanted)
-        absent = [name for name in wanted if name not in part.entries()]
-        if absent:
-            raise ModelMismatchError(
-                f"'{role}' lacks tensors that the edit reads.",
-                expected=f"{absent[0]}, as in '{layout}' ({sources[layout].describe()})",
-                found=f"{len(part.entries())} of {len(wanted)} tensors in {sources[role].describe()}",
-                fix="pass a model of the same architecture and size",
+    for name, entry in names.items():
+        reads = edit.reads(name)
+        for role in reads:
+            found = sources[role].entries().get(name)
+            if found is None:
+                raise ModelMismatchError(
+                    f"'{role}' lacks a tensor that the edit reads.",
+                    expected=f"{name} {list(entry.shape)} in {sources[role].describe()}",
+                    found="no tensor of that name",
+                    fix="pass a model of the same architecture and size",
+                )
+            # The source's own names stand in error texts: a part of a model may be read under another name.
+            require_same_tensors(
+                {role: Excerpt(sources[role], [name]), "": Excerpt(sources[reads[0]], [name])}, layout=""
             )
-        require_same_tensors({role: part, layout: Excerpt(sources[layout], wanted)}, layout=layout)
+            if found.shape != entry.shape:
+                raise ModelMismatchError(
+                    f"'{role}' has a tensor of another shape than the output.",
+                    expected=f"{name} {list(entry.shape)}",
+                    found=f"{list(found.shape)} in {sources[role].describe()}",
+                    fix="pass a model of the same size and vocabulary",
+                )
 
 
 def _output_entries(entries: Mapping[str, TensorEntry], dtype: str | None) -> dict[str, TensorEntry]:
