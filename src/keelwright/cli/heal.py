@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,9 @@ from keelwright.cli.screen import (
 )
 from keelwright.core.errors import ExitCode
 
+_SHORT_RACE = 3
+"""With more methods than this, the front and the methods that stayed behind are printed too."""
+
 EXIT_CODES = {
     "repaired": ExitCode.DONE,
     "no_evidence_of_loss": ExitCode.DONE,
@@ -32,11 +35,29 @@ def heal(
     aligned: Annotated[str, typer.Argument(help="Where safety was good: hub id[@revision], folder, lab:NAME.")],
     tuned: Annotated[str, typer.Argument(help="What came of it: the same forms, or FOLDER+ADAPTER.")],
     out: Annotated[Path, typer.Option(help="Where the repaired model goes.")],
-    methods: Annotated[str, typer.Option(help="Repairs to try, separated by commas; default: all that can run.")] = "",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Repairs to try, separated by commas; `all`: every one whose needs are met, raced in rounds; default: "
+            "linear, and resta where there is an un-aligned model."
+        ),
+    ] = "",
     utility: Utility = None,
     no_utility: Annotated[
         bool, typer.Option("--no-utility", help="Choose by safety and size of change alone.")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The model from before alignment, for the methods that read it.")
+    ] = None,
+    preferences: Annotated[
+        Path | None, typer.Option(help="Pairs (prompt, chosen, rejected) for the methods that learn from them.")
+    ] = None,
+    safety_rows: Annotated[
+        Path | None, typer.Option(help="Harmful prompts with refusals, for the methods that read them.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Ordinary prompts with answers, for the methods that read them.")
+    ] = None,
     unaligned: Annotated[str | None, typer.Option(help="A model whose refusals were tuned away, for resta.")] = None,
     unalign_with: Annotated[
         Path | None, typer.Option(help="Chat rows to un-align a copy with, in memory; it is never saved.")
@@ -84,6 +105,10 @@ def heal(
             methods=tuple(name for name in methods.replace(" ", "").split(",") if name),
             utility=utility,
             no_utility=no_utility,
+            base=base,
+            preferences=str(preferences) if preferences else None,
+            safety_rows=str(safety_rows) if safety_rows else None,
+            examples=str(examples) if examples else None,
             unaligned=unaligned,
             unalign_with=str(unalign_with) if unalign_with else None,
             unalign_steps=unalign_steps,
@@ -115,6 +140,11 @@ def show_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
     console = stdout_console()
     console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
     console.print(metrics_table(summary))
+    race = summary.get("race") or ()
+    if len(race) > _SHORT_RACE:
+        console.print(_front_table(summary))
+        for text in _race_words(race):
+            console.print(text, markup=False, soft_wrap=True)
     for warning in summary.get("warnings", ()):
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     if summary.get("best_trade_off") is not None:
@@ -127,9 +157,59 @@ def show_summary(summary: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def _trade_off_words(summary: Mapping[str, Any]) -> str:
+    from keelwright.report.text import trial_name
+
     trial = summary["trials"][summary["best_trade_off"]]
-    names = (summary["primary"], "utility", "answer_rate", "over_refusal")
     figures = [
-        f"{name.replace('_', ' ')} {estimate_text(trial['metrics'][name])}" for name in names if trial["metrics"][name]
+        f"{name.replace('_', ' ')} {estimate_text(trial['metrics'][name])}"
+        for name in _shown_metrics(summary)
+        if trial["metrics"][name]
     ]
-    return f"best trade-off: {trial['method']} {trial['coefficients']['coefficient']:g}: {', '.join(figures)}"
+    return f"best trade-off: {trial_name(trial['method'], trial['coefficients'])}: {', '.join(figures)}"
+
+
+def _shown_metrics(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    return (summary["primary"], "utility", "answer_rate", "over_refusal")
+
+
+def _front_table(summary: Mapping[str, Any]) -> Any:
+    """Return a rich table of the Pareto front and of the best trial of every method of the last round."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from keelwright.report.text import trial_name
+
+    front, chosen = set(summary["pareto"]), summary.get("chosen")
+    best = {row["best"] for row in summary["race"] if row["ended"] in ("chosen", "finalist")} - {None}
+    primary, utility = summary["primary"], summary.get("utility") or {}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("last round, selection half", primary.replace("_", " "), "utility", ""):
+        table.add_column(heading, no_wrap=True)
+    trials = summary["trials"]
+    for index in sorted(front | best, key=lambda one: (trials[one]["metrics"][primary]["value"], one)):
+        trial = trials[index]
+        marks = [("chosen", index == chosen), ("Pareto front", index in front)]
+        marks.append(("not admissible", not trial["admissible"]))
+        table.add_row(
+            escape(trial_name(trial["method"], trial["coefficients"])),
+            estimate_text(trial["metrics"][primary]),
+            estimate_text(trial["metrics"]["utility"], as_ratio=utility.get("scorer") == "perplexity"),
+            ", ".join(word for word, holds in marks if holds),
+        )
+    return table
+
+
+def _race_words(race: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which methods stayed behind, failed or were left out, one line for each round or reason."""
+    lines: dict[str, list[str]] = {}
+    for row in race:
+        if row["ended"] == "left_behind":
+            key = f"left behind after the round on a {row['round']} of the selection half"
+        elif row["ended"] == "failed":
+            key = f"failed: {row['text']}"
+        elif row["ended"] == "left_out":
+            key = f"left out, {row['text']}"
+        else:
+            continue
+        lines.setdefault(key, []).append(row["method"])
+    return [f"{', '.join(methods)}: {text}" for text, methods in lines.items()]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,13 @@ def repair(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Another setting of the method, for example density=0.2."),
     ] = None,
+    preferences: Annotated[
+        Path | None, typer.Option(help="JSON lines of prompt, safe and unsafe answer, for somf.")
+    ] = None,
+    safety_rows: Annotated[
+        Path | None, typer.Option(help="JSON lines of harmful prompts with refusals, for safe_delta.")
+    ] = None,
+    examples: Annotated[Path | None, typer.Option(help="JSON lines of prompts with answers, for lm_cocktail.")] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the plan per group of tensors; write nothing.")
     ] = False,
@@ -58,7 +65,7 @@ def repair(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Apply one repair with given settings and write the model. No forward pass, no safety evaluation."""
+    """Apply one repair with given settings, or a recipe, and write the model. Safety is not evaluated."""
     with errors_as_exit_codes(as_json=as_json):
         _require_models(method, tuned, aligned, out, coefficient=coefficient, explain=explain)
     if coefficient == "auto" and tuned and aligned and out:
@@ -71,33 +78,71 @@ def repair(
         )  # fmt: skip
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
         _require_no_search_options(utility, no_utility, suite, run)
-        from keelwright.repair.materialise import repair as run_repair
         from keelwright.weights.write import effort_of
 
-        result = run_repair(
-            method,
-            aligned=aligned,
-            tuned=tuned or [],
-            unaligned=unaligned,
-            base=base,
-            reference=reference,
-            coefficient=_numbers(coefficient),
-            settings=_settings(set_ or []),
-            out=out or Path(),
-            offline=offline,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-            force=force,
-            out_dtype=out_dtype,
-            allow_template_change=allow_template_change,
-            effort=effort_of(workers, executor),
-            progress=progress,
-        )
+        effort = effort_of(workers, executor)
+        given_rows = {"preferences": preferences, "safety_rows": safety_rows, "examples": examples}
+        if method.endswith(_RECIPES):
+            _require_no_models(
+                {
+                    "--tuned": tuned,
+                    "--aligned": aligned,
+                    "--unaligned": unaligned,
+                    "--base": base,
+                    "--reference": reference,
+                    "--coefficient": coefficient,
+                    "--set": set_,
+                    **{f"--{name.replace('_', '-')}": path for name, path in given_rows.items()},
+                }
+            )
+            from keelwright.repair.recipe import repair_recipe
+
+            result = repair_recipe(
+                method,
+                out=out,
+                offline=offline,
+                max_shard_bytes=int(max_shard_gb * 1e9),
+                out_dtype=out_dtype,
+                explain=explain,
+                effort=effort,
+                progress=progress,
+            )
+        else:
+            from keelwright.repair.materialise import repair as run_repair
+
+            result = run_repair(
+                method,
+                aligned=aligned,
+                tuned=tuned or [],
+                unaligned=unaligned,
+                base=base,
+                reference=reference,
+                coefficient=_numbers(coefficient),
+                settings=_settings(set_ or []),
+                rows={name: path for name, path in given_rows.items() if path is not None},
+                device=device,
+                seed=seed,
+                out=out,
+                offline=offline,
+                max_shard_bytes=int(max_shard_gb * 1e9),
+                force=force,
+                out_dtype=out_dtype,
+                allow_template_change=allow_template_change,
+                explain=explain,
+                effort=effort,
+                progress=progress,
+            )
     if as_json:
         print_json(result)
         return
     console = stdout_console()
+    if "plan" in result:
+        width = max(len(name) for name, _ in result["plan"])
+        for name, text in result["plan"]:
+            console.print(f"{name:<{width}}  {text}", markup=False, soft_wrap=True)
+        return
     for row in result.get("outputs", [result]):
-        named = ", ".join(f"{name} {value:g}" for name, value in row["coefficients"].items())
+        named = ", ".join(f"{name} {value:g}" for name, value in row.get("coefficients", {}).items())
         words = f"{row['out']}: {result['method']}{' with ' + named if named else ''}, safety not evaluated."
         console.print(words, markup=False, soft_wrap=True)
     if aligned:
@@ -131,6 +176,18 @@ def _require_models(
             expected="a method with --aligned, one --tuned and --out",
             found=f"{'a recipe' if is_recipe else method} with {len(tuned or ())} tuned models",
             fix="give a number for --coefficient, or use keelwright heal",
+        )
+
+
+def _require_no_models(given: Mapping[str, object]) -> None:
+    """Refuse what a recipe says itself."""
+    found = [name for name, value in given.items() if value]
+    if found:
+        raise ConfigError(
+            f"'{found[0]}' has no meaning with a recipe.",
+            expected="a recipe, which names its models and settings itself",
+            found=", ".join(found),
+            fix=f"drop {found[0]}, or change the recipe",
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,23 +14,32 @@ from keelwright.core.catalogue import MethodLine, find_method
 from keelwright.core.config import require_choice
 from keelwright.core.errors import ConfigError, ModelMismatchError
 from keelwright.core.files import require_new_folder
-from keelwright.core.protocols import Progress, Silent, TensorSource, WeightEdit
+from keelwright.core.protocols import Progress, Reach, Silent, TensorSource, WeightEdit
 from keelwright.models.compatibility import require_compatible
 from keelwright.models.refs import LocalModel, ModelRef, parse_ref, resolve
 from keelwright.models.sources import open_source
 from keelwright.repair.build import build_edit, coefficients_of, settings_of, tuned_role
+from keelwright.repair.prepare import forget_learning, prepared_edits, require_rows
 from keelwright.weights.adapter import adapter_terms, write_adapter
 from keelwright.weights.card import CardResults, Provenance
 from keelwright.weights.edit import TUNED
 from keelwright.weights.live import LiveSource
 from keelwright.weights.plan import MAX_SHARD_BYTES, Plan, plan_edit
 from keelwright.weights.sources import relative_distance
+from keelwright.weights.stream import copied_role, effective_reach
 from keelwright.weights.write import Effort, Manifest, materialise_sweep
 
 if TYPE_CHECKING:
     from keelwright.models.loading import LoadedModel
 
 OutputForm = Literal["auto", "full", "adapter"]
+
+_REACHES = {
+    Reach.POINTWISE: "element by element",
+    Reach.REDUCED: "element by element, after a pass over the tensor",
+    Reach.ROWS: "row by row",
+    Reach.MATRIX: "the whole matrix at once",
+}
 
 UNRELATED_ABOVE = 0.5
 """Relative distance from which two models are taken to have no common parent; tuning moves weights by far less."""
@@ -59,17 +68,21 @@ def repair(
     reference: str | Path | ModelRef | LoadedModel | None = None,
     coefficient: float | Sequence[float] | None = None,
     settings: Mapping[str, Any] | None = None,
-    out: str | Path,
+    rows: Mapping[str, str | Path] | None = None,
+    out: str | Path | None = None,
     offline: bool = False,
     max_shard_bytes: int | None = None,
     force: bool = False,
     output_form: OutputForm = "auto",
     out_dtype: str | None = None,
     allow_template_change: bool = False,
+    explain: bool = False,
+    device: str = "auto",
+    seed: int = 0,
     effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Apply one repair and write the result; no forward pass, no safety evaluation.
+    """Apply one repair and write the result, without a safety evaluation.
 
     Args:
         method: Name of a repair method.
@@ -78,19 +91,24 @@ def repair(
         coefficient: The method's coefficient; None takes its default. Several write one output each, from one reading
             of the models, into `out/coefficient-VALUE`.
         settings: Further fields of the method's config.
-        out: Output folder; must not exist, or be empty.
+        rows: For methods that learn or measure first: JSON-lines files by what they hold, `preferences`,
+            `safety_rows` or `examples`. The tuned model is then loaded.
+        out: Output folder; must not exist, or be empty. Not needed with `explain`.
         offline: Never ask the hub.
         max_shard_bytes: Most bytes of weights per file; None means 5 GB.
         force: Go on although the models look unrelated.
         output_form: `full`, `adapter`, or `auto`: an adapter when the tuned model is one and the edit allows it.
         out_dtype: BF16, F16, F32 or F64; None keeps the tuned model's dtypes.
         allow_template_change: Accept different chat templates.
+        explain: Write nothing and return the plan.
+        device, seed: For methods that learn first; the seed also for methods that draw random masks.
         effort: How much of the machine to use.
         progress: Where to tell what is going on.
 
     Returns:
         `{"schema", "command", "method", "coefficients", "out", "form", "files", "tensors", "bytes", "seconds"}`, with
-        `outputs` instead of the last four where several coefficients were given.
+        `outputs` instead of the last four where several coefficients were given, and with `plan` (rows of group and
+        text) instead of all that with `explain`.
 
     Raises:
         ModelMismatchError: The models do not fit together, or look unrelated.
@@ -104,23 +122,30 @@ def repair(
     given.update({tuned_role(number): model for number, model in enumerate(several, start=1)})
     values: list[Any] = list(coefficient) if isinstance(coefficient, (list, tuple)) else [coefficient]
     plain = dict(settings or {})
-    edits = [
+    takes_seed = "seed" in {one.name for one in fields(line.load().config_class)}
+    seeds = {"seed": seed} if takes_seed else {}
+    edits: list[WeightEdit] = [
         build_edit(
             line,
-            plain if value is None else {**plain, "coefficient": float(value)},
+            {**seeds, **plain} if value is None else {**seeds, **plain, "coefficient": float(value)},
             models=len(several),
             based=aligned is not None,
         )
         for value in values
     ]
+    if out is None and not explain:
+        raise ConfigError("There is no place for the output.", expected="out", found="nothing", fix="pass out")
     target = Output(
-        Path(out),
+        Path(out or "out"),
         output_form,
         MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
         out_dtype,
         effort or Effort(),
     )
-    require_new_folder(target.out, flag="--out")
+    if not explain:
+        require_new_folder(target.out, flag="--out")
+    files = {name: Path(path) for name, path in (rows or {}).items()}
+    require_rows(line, edits[0], files)
     refs = {role: parse_ref(model) for role, model in given.items() if model is not None}
     _require_roles(line, edits[0], refs)
     locals_ = {role: None if ref.live is not None else resolve(ref, offline=offline) for role, ref in refs.items()}
@@ -128,11 +153,23 @@ def repair(
     sources = {role: _source(refs[role], local) for role, local in locals_.items()}
     if not force:
         _require_related(sources)
+    if explain:
+        words = [
+            {"schema": 1, "command": "repair", "method": line.name, "plan": _plan_rows(line, edit, sources)}
+            for edit in edits
+        ]
+        return words[0]
+    edits = prepared_edits(
+        edits, sources, refs[TUNED], files, out=target.out, device=device, offline=offline, seed=seed, progress=progress
+    )
     folders = {role: local.folder for role, local in locals_.items() if local is not None}
     owner = locals_[TUNED] or refs[TUNED].live
     if len(edits) == 1:
-        return materialise_edit(line, edits[0], sources, owner, target, folders=folders, progress=progress)
-    return _materialise_several(line, edits, sources, owner, target, folders=folders, progress=progress)
+        result = materialise_edit(line, edits[0], sources, owner, target, folders=folders, progress=progress)
+    else:
+        result = _materialise_several(line, edits, sources, owner, target, folders=folders, progress=progress)
+    forget_learning(target.out)
+    return result
 
 
 def materialise_edit(
@@ -172,6 +209,20 @@ def materialise_edit(
         "coefficients": coefficients_of(edit),
         **_written(manifest, "full" if adapter is None else "adapter"),
     }
+
+
+def _plan_rows(line: MethodLine, edit: WeightEdit, sources: Mapping[str, TensorSource]) -> list[list[str]]:
+    """Return what becomes of every group of tensors, from headers alone."""
+    entries = sources[edit.roles()[-1]].entries().values()
+    groups: dict[tuple[str, str], int] = {}
+    for entry in entries:
+        name = ".".join("*" if part.isdigit() else part for part in entry.name.split("."))
+        reach = effective_reach(edit, entry)
+        what = f"copied from {copied_role(edit, entry)}" if reach is Reach.COPY else f"computed ({_REACHES[reach]})"
+        groups[name, f"{what}, reads {', '.join(edit.reads(entry.name))}"] = groups.get((name, what), 0) + 1
+    settings = ", ".join(f"{name} {value}" for name, value in settings_of(edit).items())
+    head = [["method", f"{line.name}: {settings}"], *([role, source.describe()] for role, source in sources.items())]
+    return [*head, *([name, what] for name, what in groups)]
 
 
 def _materialise_several(

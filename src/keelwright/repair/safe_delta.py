@@ -23,9 +23,10 @@ Equation:
     | d | `damping` |
 
 Differs from the official code:
-    Decompositions run in float64. Entries of one column are taken from the top row down, where the code's sort leaves
-    their order open. With a reserve that comes to no entry at all the code keeps nothing; here everything may be kept.
-    The constants 2, 4096, 15 % and the groups of 4 columns are settings. The paper's own text was not read.
+    Equal to it (commit 3a4ea35, with its sort made stable) within 5e-7 on random layers and on the known answers of the
+    tests. Decompositions run in float64. Entries of one column are taken from the top row down, where the code's sort
+    leaves their order open. With a reserve that comes to no entry at all the code keeps nothing; here everything may be
+    kept. The constants 2, 4096, 15 % and the groups of 4 columns are settings. The paper's own text was not read.
 
 Cost:
     Preparing: one forward pass over the rows; memory `columns^2` float32 for every linear layer (about 28 GB for a 7B

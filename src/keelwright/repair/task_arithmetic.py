@@ -95,6 +95,8 @@ class TaskArithmetic(TaskVectors, Edit):
 
     config_class: ClassVar[type[TaskArithmeticConfig]] = TaskArithmeticConfig
     search_space: ClassVar[SearchSpace] = SearchSpace(neutral=1.0, grid=(0.2, 0.4, 0.6, 0.8))
+    equivalent_to: ClassVar[str] = "linear"
+    """With one tuned model it computes the same thing."""
 
     def edit(self, name: str, chunk: Chunk, found: Found) -> Tensor:
         """Return the merged weights of the chunk."""

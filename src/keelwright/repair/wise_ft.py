@@ -74,6 +74,8 @@ class WiseFt(Edit):
 
     config_class: ClassVar[type[WiseFtConfig]] = WiseFtConfig
     search_space: ClassVar[SearchSpace | None] = None
+    equivalent_to: ClassVar[str] = "linear"
+    """With one tuned model it computes the same thing."""
 
     def roles(self) -> tuple[str, ...]:
         """Return the models it reads."""
