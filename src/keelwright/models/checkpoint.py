@@ -19,6 +19,7 @@ from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.folders import (
     INDEX,
     WEIGHTS,
+    float8_settings,
     read_json,
     require_checkpoint,
     require_inside,
@@ -53,7 +54,8 @@ class Checkpoint:
         self._text = text or str(folder)
         require_checkpoint(folder, self._text)
         self._config = read_json(folder / "config.json", self._text)
-        require_unquantised(folder, self._config, self._text)
+        if float8_settings(self._config) is None:
+            require_unquantised(folder, self._config, self._text)
         self._headers, self._owner = _open_headers(folder, self._text)
         self._entries = {name: header.tensors[name].entry for name, header in self._owner.items()}
         self._handles: dict[Path, int] = {}
@@ -85,9 +87,7 @@ class Checkpoint:
         Raises:
             DataError: The file became shorter since its header was read, or torch lacks the dtype.
         """
-        header = self._owner[name]
-        stored = header.tensors[name]
-        entry = stored.entry
+        entry = self._entries[name]
         if entry.dtype not in TORCH_DTYPES:
             raise DataError(
                 f"Tensor '{name}' of '{self._text}' cannot be read.",
@@ -95,12 +95,23 @@ class Checkpoint:
                 found=entry.dtype,
                 fix="use an unquantised model",
             )
+        return self.read_bytes(name, start, stop).view(TORCH_DTYPES[entry.dtype])
+
+    def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the bytes of elements `start:stop` of the flattened tensor, of whatever dtype.
+
+        Raises:
+            DataError: The file became shorter since its header was read.
+        """
+        header = self._owner[name]
+        stored = header.tensors[name]
+        entry = stored.entry
         if not 0 <= start <= stop <= entry.elements:
             raise IndexError(f"elements {start}:{stop} of '{name}', which has {entry.elements}")
         item = ITEM_BYTES[entry.dtype]
         raw = torch.empty((stop - start) * item, dtype=torch.uint8)
         self._fill(header.path, raw.numpy().data, stored.begin + start * item)
-        return raw.view(TORCH_DTYPES[entry.dtype])
+        return raw
 
     def data_digest(self) -> str:
         """Return the digest of the weights that `weights_digest` defines."""

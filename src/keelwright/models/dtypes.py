@@ -23,7 +23,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-"""By safetensors name. F8_E8M0, a scale format, has no entry: torch before 2.7 lacks it."""
+"""By safetensors name. F8_E8M0, a scale format, has an entry where torch has it: from 2.7 on."""
+if hasattr(torch, "float8_e8m0fnu"):
+    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 STORED_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """safetensors name of each torch dtype."""

@@ -163,10 +163,41 @@ def require_unquantised(folder: Path, config: Mapping[str, Any], text: str) -> N
     parent = _parent(folder, config)
     raise DataError(
         f"'{text}' is quantised; its weights are packed and cannot be compared or edited.",
-        expected="weights stored as F32, F16 or BF16",
+        expected="weights stored as F32, F16 or BF16, or as F8 with scales",
         found=f"quantization_config with method '{method}'",
         fix=f"use the unquantised model{f' {parent}' if parent else ' that it was made from'}",
     )
+
+
+def float8_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `quantization_config` of a checkpoint whose weights are 8-bit floats with scales, else None.
+
+    Args:
+        config: `config.json`.
+    """
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method")
+    if method == "fp8":
+        plain = settings.get("expert_dtype", "fp8") == "fp8"
+    elif method == "modelopt":
+        plain = settings.get("quant_algo") in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+    elif method == "compressed-tensors":
+        plain = _only_float8(settings)
+    else:
+        plain = method == "fbgemm_fp8"
+    return settings if plain else None
+
+
+def _only_float8(settings: Mapping[str, Any]) -> bool:
+    """Tell whether every group of compressed-tensors' settings stores its weights as unpacked 8-bit floats."""
+    groups = settings.get("config_groups")
+    sparsity = settings.get("sparsity_config") or {}
+    if not isinstance(groups, dict) or not groups or sparsity.get("format", "dense") != "dense":
+        return False
+    weights = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
+    return all(isinstance(one, dict) and one.get("type") == "float" and one.get("num_bits") == 8 for one in weights)
 
 
 def _parent(folder: Path, config: Mapping[str, Any]) -> str | None:

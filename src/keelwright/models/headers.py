@@ -42,6 +42,9 @@ ITEM_BYTES = {
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that weight arithmetic understands."""
 
+FLOAT8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
+"""Dtypes of weights that stand for others, most often with a scale; see `models.float8`."""
+
 # The limit of the safetensors library itself: a longer header is an attack on memory, not a model.
 MAX_HEADER_BYTES = 100_000_000
 

@@ -11,6 +11,7 @@ from keelwright.core.protocols import TensorSource
 from keelwright.models.adapters import AdaptedCheckpoint, read_adapter
 from keelwright.models.checkpoint import Checkpoint
 from keelwright.models.dtypes import TORCH_DTYPES
+from keelwright.models.float8 import open_checkpoint
 from keelwright.models.headers import FLOAT_DTYPES, tensor_bytes
 from keelwright.models.names import require_untied
 from keelwright.models.refs import LocalModel, ModelRef, resolve
@@ -44,7 +45,7 @@ def open_source(model: ModelRef | LocalModel, *, offline: bool = False) -> Check
 def open_base(local: LocalModel) -> Checkpoint:
     """Return the tensors of the model without its adapters."""
     whole = not local.adapter_folders
-    return Checkpoint(local.folder, local.ref.text if whole else local.ref.place)
+    return open_checkpoint(local.folder, local.ref.text if whole else local.ref.place)
 
 
 def stored_dtype(source: TensorSource) -> torch.dtype:

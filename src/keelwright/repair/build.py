@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from keelwright.core.catalogue import MethodLine
@@ -14,14 +14,16 @@ from keelwright.core.protocols import WeightEdit
 from keelwright.weights.edit import TUNED
 
 
-def build_edit(line: MethodLine, settings: Mapping[str, Any], *, models: int = 1, based: bool = True) -> WeightEdit:
+def build_edit(
+    line: MethodLine, settings: Mapping[str, Any], *, models: int = 1, roles: Collection[str] = ("aligned", "tuned")
+) -> WeightEdit:
     """Return the edit of a method.
 
     Args:
         line: The method's catalogue line.
         settings: Fields of its config, as a recipe or a command line gives them; lists stand for tuples.
         models: How many tuned models there are.
-        based: Whether there is an aligned model for a method that can do without.
+        roles: Which models there are, for methods that can do without some.
 
     Raises:
         ConfigError: A setting is unknown, of the wrong type or out of range, or the number of models does not fit.
@@ -43,7 +45,9 @@ def build_edit(line: MethodLine, settings: Mapping[str, Any], *, models: int = 1
     if "models" in fields:
         extra["models"] = models
     if "based" in fields:
-        extra["based"] = based
+        extra["based"] = "aligned" in roles
+    if "referenced" in fields:
+        extra["referenced"] = "reference" in roles
     edit: WeightEdit = edit_class(config, **extra)
     return edit
 

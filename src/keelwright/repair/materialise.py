@@ -19,7 +19,7 @@ from keelwright.models.compatibility import require_compatible
 from keelwright.models.refs import LocalModel, ModelRef, parse_ref, resolve
 from keelwright.models.sources import open_source
 from keelwright.repair.build import build_edit, coefficients_of, settings_of, tuned_role
-from keelwright.repair.prepare import forget_learning, prepared_edits, require_rows
+from keelwright.repair.prepare import Learning, forget_learning, prepared_edits, require_rows
 from keelwright.weights.adapter import adapter_terms, write_adapter
 from keelwright.weights.card import CardResults, Provenance
 from keelwright.weights.edit import TUNED
@@ -61,7 +61,7 @@ class Output:
 def repair(
     method: str,
     *,
-    tuned: str | Path | ModelRef | LoadedModel | Sequence[str | Path | ModelRef | LoadedModel],
+    tuned: str | Path | ModelRef | LoadedModel | Sequence[str | Path | ModelRef | LoadedModel] = (),
     aligned: str | Path | ModelRef | LoadedModel | None = None,
     unaligned: str | Path | ModelRef | LoadedModel | None = None,
     base: str | Path | ModelRef | LoadedModel | None = None,
@@ -115,26 +115,13 @@ def repair(
         KeelwrightError: Whatever else is wrong with the models, the settings or the disk.
     """
     require_choice("output_form", output_form, ("auto", "full", "adapter"))
-    progress = progress or Silent()
+    if out is None and not explain:
+        raise ConfigError("There is no place for the output.", expected="out", found="nothing", fix="pass out")
     line = find_method(method, room="repair")
     several: list[Any] = list(tuned) if isinstance(tuned, (list, tuple)) else [tuned]
     given: dict[str, Any] = {"aligned": aligned, "unaligned": unaligned, "base": base, "reference": reference}
     given.update({tuned_role(number): model for number, model in enumerate(several, start=1)})
-    values: list[Any] = list(coefficient) if isinstance(coefficient, (list, tuple)) else [coefficient]
-    plain = dict(settings or {})
-    takes_seed = "seed" in {one.name for one in fields(line.load().config_class)}
-    seeds = {"seed": seed} if takes_seed else {}
-    edits: list[WeightEdit] = [
-        build_edit(
-            line,
-            {**seeds, **plain} if value is None else {**seeds, **plain, "coefficient": float(value)},
-            models=len(several),
-            based=aligned is not None,
-        )
-        for value in values
-    ]
-    if out is None and not explain:
-        raise ConfigError("There is no place for the output.", expected="out", found="nothing", fix="pass out")
+    given = {role: model for role, model in given.items() if model is not None}
     target = Output(
         Path(out or "out"),
         output_form,
@@ -142,11 +129,12 @@ def repair(
         out_dtype,
         effort or Effort(),
     )
+    learning = Learning({name: Path(path) for name, path in (rows or {}).items()}, device, offline, seed)
+    edits = _edits(line, coefficient, settings or {}, given, seed=seed)
+    require_rows(line, edits[0], learning.files)
     if not explain:
         require_new_folder(target.out, flag="--out")
-    files = {name: Path(path) for name, path in (rows or {}).items()}
-    require_rows(line, edits[0], files)
-    refs = {role: parse_ref(model) for role, model in given.items() if model is not None}
+    refs = {role: parse_ref(model) for role, model in given.items()}
     _require_roles(line, edits[0], refs)
     locals_ = {role: None if ref.live is not None else resolve(ref, offline=offline) for role, ref in refs.items()}
     _require_compatible(locals_, allow_template_change=allow_template_change)
@@ -154,16 +142,47 @@ def repair(
     if not force:
         _require_related(sources)
     if explain:
-        words = [
-            {"schema": 1, "command": "repair", "method": line.name, "plan": _plan_rows(line, edit, sources)}
-            for edit in edits
-        ]
-        return words[0]
-    edits = prepared_edits(
-        edits, sources, refs[TUNED], files, out=target.out, device=device, offline=offline, seed=seed, progress=progress
-    )
+        return {"schema": 1, "command": "repair", "method": line.name, "plan": _plan_rows(line, edits[0], sources)}
+    return _write(line, edits, refs, locals_, sources, target, learning, progress or Silent())
+
+
+def _edits(
+    line: MethodLine,
+    coefficient: float | Sequence[float] | None,
+    settings: Mapping[str, Any],
+    given: Mapping[str, Any],
+    *,
+    seed: int,
+) -> list[WeightEdit]:
+    """Return the method's edit for each coefficient."""
+    values: list[Any] = list(coefficient) if isinstance(coefficient, (list, tuple)) else [coefficient]
+    takes_seed = "seed" in {one.name for one in fields(line.load().config_class)}
+    plain = {**({"seed": seed} if takes_seed else {}), **settings}
+    return [
+        build_edit(
+            line,
+            plain if value is None else {**plain, "coefficient": float(value)},
+            models=sum(role.startswith(TUNED) for role in given),
+            roles=given,
+        )
+        for value in values
+    ]
+
+
+def _write(
+    line: MethodLine,
+    edits: Sequence[WeightEdit],
+    refs: Mapping[str, ModelRef],
+    locals_: Mapping[str, LocalModel | None],
+    sources: Mapping[str, TensorSource],
+    target: Output,
+    learning: Learning,
+    progress: Progress,
+) -> dict[str, Any]:
+    edits = prepared_edits(edits, sources, refs, learning, out=target.out, progress=progress)
     folders = {role: local.folder for role, local in locals_.items() if local is not None}
-    owner = locals_[TUNED] or refs[TUNED].live
+    layout = edits[0].roles()[-1]
+    owner = locals_[layout] or refs[layout].live
     if len(edits) == 1:
         result = materialise_edit(line, edits[0], sources, owner, target, folders=folders, progress=progress)
     else:
@@ -369,7 +388,7 @@ def _companions(tuned: LocalModel | LoadedModel | None) -> Iterator[tuple[Path, 
 
 
 def _require_compatible(locals_: Mapping[str, LocalModel | None], *, allow_template_change: bool) -> None:
-    tuned = locals_[TUNED]
+    tuned = locals_.get(TUNED)
     for role, local in locals_.items():
         if role == TUNED or local is None or tuned is None:
             continue
@@ -408,7 +427,7 @@ def _require_roles(line: MethodLine, edit: WeightEdit, refs: Mapping[str, ModelR
 def _require_related(sources: Mapping[str, TensorSource]) -> None:
     for role, source in sources.items():
         # Alignment itself may move a model from before it that far.
-        if role in (TUNED, "base"):
+        if role in (TUNED, "base") or TUNED not in sources:
             continue
         distance = relative_distance(source, sources[TUNED])
         if distance > UNRELATED_ABOVE:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from keelwright.core.catalogue import MethodLine
 from keelwright.core.errors import ConfigError
 from keelwright.core.protocols import Progress, TensorSource, WeightEdit
 from keelwright.models.refs import ModelRef
+from keelwright.weights.edit import TUNED
 
 FLAGS: Mapping[str, str] = {
     "preferences": "--preferences",
@@ -42,16 +45,24 @@ def require_rows(line: MethodLine, edit: Any, files: Mapping[str, Path]) -> None
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What a repair that learns first works with."""
+
+    files: Mapping[str, Path]
+    """JSON-lines files by ingredient."""
+    device: str = "auto"
+    offline: bool = False
+    seed: int = 0
+
+
 def prepared_edits(
     edits: Sequence[Any],
     sources: Mapping[str, TensorSource],
-    tuned: ModelRef,
-    files: Mapping[str, Path],
+    refs: Mapping[str, ModelRef],
+    learning: Learning,
     *,
     out: Path,
-    device: str,
-    offline: bool,
-    seed: int,
     progress: Progress,
 ) -> list[WeightEdit]:
     """Return the edits with what they learned; those that learn nothing as they are. One preparation serves all.
@@ -59,15 +70,13 @@ def prepared_edits(
     Args:
         edits: One method with one coefficient each.
         sources: Tensors by role.
-        tuned: The tuned model, loaded to learn on.
-        files: JSON-lines files by ingredient.
+        refs: Models by role; the tuned one is loaded to learn on.
+        learning: Files, device and seed.
         out: The output folder; unfinished learning is kept beside it until the output is written.
-        device, offline, seed, progress: As for the command.
+        progress: Told about the learning.
     """
     if not hasattr(edits[0], "prepare"):
         return list(edits)
-    import dataclasses
-
     from keelwright.data.preferences import read_preference_rows
     from keelwright.data.rows import read_chat_rows
     from keelwright.models.loading import load
@@ -75,15 +84,15 @@ def prepared_edits(
 
     rows: dict[str, Any] = {
         name: tuple(read_preference_rows(path) if name == "preferences" else read_chat_rows(path))
-        for name, path in files.items()
+        for name, path in learning.files.items()
     }
     progress.stage("loading tuned")
-    model = load(tuned, device=device, offline=offline)
+    model = load(refs[TUNED], device=learning.device, offline=learning.offline)
     ingredients = Ingredients(
         module=model.module,
         tokenizer=model.tokenizer,
         sources={role: sources[role] for role in edits[0].roles()},
-        seed=seed,
+        seed=learning.seed,
         folder=learning_folder(out),
         progress=progress,
         **rows,

@@ -145,13 +145,12 @@ def _piecewise(recipe: Recipe, tasks: tuple[TensorTask, ...], seed: int) -> tupl
     names: dict[str, dict[str, str]] = {}
     for task in tasks:
         values = task.config_values()
-        sides = [*(((_ALIGNED, task.base),) if task.base is not None else ())]
-        sides += list(zip(model_roles(len(task.inputs)), task.inputs, strict=True))
+        sides = _sides(recipe, task)
         roles = tuple((own, model) for own, (model, _) in sides)
         key = (task.method, roles, tuple(sorted((name, repr(value)) for name, value in values.items())))
         if key not in parts:
             parts[key] = len(made)
-            made.append(Part(_edit_of(task, values, seed), roles))
+            made.append(Part(_edit_of(task, values, tuple(own for own, _ in sides), seed), roles))
         places[task.output_name] = parts[key]
         for _, (model, tensor) in sides:
             names.setdefault(model, {})[task.output_name] = tensor
@@ -159,11 +158,21 @@ def _piecewise(recipe: Recipe, tasks: tuple[TensorTask, ...], seed: int) -> tupl
     return Piecewise(tuple(made), places, models), names
 
 
-def _edit_of(task: TensorTask, values: Mapping[str, object], seed: int) -> Any:
+def _sides(recipe: Recipe, task: TensorTask) -> list[tuple[str, tuple[str, str]]]:
+    """Return the method's role of each model and tensor that the task reads."""
+    # Our recipes name roles: linear reads the aligned model as such, and to the reader it is an input like the others.
+    own = recipe.format == "own"
+    aligned = [one for one in task.inputs if own and one[0] == _ALIGNED]
+    base = [task.base] if task.base is not None else aligned
+    others = [one for one in task.inputs if one not in aligned]
+    return [*((_ALIGNED, one) for one in base), *zip(model_roles(len(others)), others, strict=True)]
+
+
+def _edit_of(task: TensorTask, values: Mapping[str, object], roles: tuple[str, ...], seed: int) -> Any:
     line = find_method(task.method, room="repair")
     takes_seed = "seed" in {field.name for field in fields(line.load().config_class)}
     settings = {**({"seed": seed} if takes_seed else {}), **values}
-    return build_edit(line, settings, models=len(task.inputs), based=task.base is not None)
+    return build_edit(line, settings, models=sum(role != _ALIGNED for role in roles), roles=roles)
 
 
 def _entry(task: TensorTask, entries: Mapping[str, Mapping[str, TensorEntry]], out_dtype: str | None) -> TensorEntry:

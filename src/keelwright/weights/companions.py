@@ -28,7 +28,9 @@ def copy_companions(
         model_folder: Where `config.json` and the generation settings come from.
         tokenizer_folder: Where the tokenizer and the chat template come from.
         out: The output folder.
-        config_changes: Keys of `config.json` that differ in the output; None removes nothing and is not written.
+        config_changes: Keys of `config.json` that differ in the output; None removes a key, but for the dtype, where it
+            says that there is nothing to say. What the model's own config says about quantisation is never copied:
+            an output that is quantised says so here.
 
     Returns:
         SHA-256 by file name.
@@ -66,8 +68,11 @@ def _matches(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 def _config(folder: Path, changes: Mapping[str, Any]) -> bytes:
     config = read_json(folder / "config.json", str(folder))
+    config.pop("quantization_config", None)
     for key, value in changes.items():
         if value is None:
+            if key != "dtype":
+                config.pop(key, None)
             continue
         if key == "dtype" and "torch_dtype" in config:
             # The older spelling; a loader that finds both would have to choose.

@@ -61,6 +61,28 @@ def models(roles, shape=(6, 4), seed=0):
 
 ROLES = ("aligned", "tuned")
 
+# Block size, budget and the matrix.
+KNOWN = (
+    (
+        3,
+        2000.0,
+        [
+            [1.25, 1.75, -0.5, 0.5, 0.125, 1.0],
+            [-0.5, -0.875, 1.25, 2.25, 0.0, -0.499769],
+            [0.625, 0.5, -0.75, 0.875, -1.75, 0.084403],
+        ],
+    ),
+    (
+        2048,
+        1500.0,
+        [
+            [1.25, 1.75, -0.5, 0.5, -0.217594, 1.281894],
+            [-0.5, -0.875, 1.25, 2.0, 0.17131, -0.499769],
+            [0.625, 0.5, -0.75, 1.0, -1.903078, 0.084403],
+        ],
+    ),
+)
+
 
 def problem(rows=5, columns=6, seed=0):
     random = torch.Generator().manual_seed(seed)
@@ -268,3 +290,25 @@ def test_wrong_settings_are_errors():
     for wrong in ({"coefficient": 1.1}, {"budget": -1.0}, {"damping": 0.0}, {"group": 0}, {"rest": "base"}):
         with pytest.raises(ConfigError):
             SafeDeltaConfig(**wrong)
+
+
+def test_known_answers_of_the_official_code():
+    # From ColinLu50/SafeDelta at 3a4ea35 with a stable sort, on the CPU: one batch of these seven inputs.
+    aligned = torch.tensor([[1, 2, -1, 0.5, 0, 1.5], [0, -1, 1, 2, 0.25, -0.5], [0.5, 0.5, -0.5, 1, -2, 0]])
+    moves = [[2, -2, 4, 0, 1, -4], [-4, 1, 2, 2, -2, 4], [1, 4, -2, -1, 2, 2]]
+    tuned = aligned + torch.tensor(moves) / 8.0
+    inputs = torch.tensor(
+        [
+            [1.0, 0.0, 2.0, -1.0, 1.0, 0.0],
+            [0.0, 1.0, 1.0, 1.0, 0.0, 2.0],
+            [2.0, 1.0, 0.0, 0.0, -1.0, 1.0],
+            [1.0, -1.0, 1.0, 0.0, 2.0, 1.0],
+            [0.0, 2.0, -1.0, 1.0, 1.0, 0.0],
+            [1.0, 1.0, 1.0, -2.0, 0.0, 1.0],
+            [-1.0, 0.0, 1.0, 1.0, 1.0, 1.0],
+        ]
+    )
+    for block_size, budget, expected in KNOWN:
+        config = SafeDeltaConfig(budget=budget, block_size=block_size)
+        found = safe_delta(aligned, tuned, 2.0 * inputs.T @ inputs, config)
+        assert torch.allclose(found, torch.tensor(expected), atol=1e-6)

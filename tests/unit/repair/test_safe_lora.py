@@ -170,6 +170,14 @@ def test_embeddings_are_left_alone_unless_asked_for():
     assert SafeLora(SafeLoraConfig(embeddings=True)).reach("lm_head.weight") is Reach.MATRIX
 
 
+def test_embeddings_do_not_use_up_the_number():
+    given = models(ROLES)
+    given = {role: {"lm_head.weight": one["layer.weight"], "w": one["other.weight"]} for role, one in given.items()}
+    found = run(SafeLora(SafeLoraConfig(selection="number", number=1)), **given)
+    assert torch.equal(found["lm_head.weight"], given["tuned"]["lm_head.weight"])
+    assert not torch.equal(found["w"], given["tuned"]["w"])
+
+
 def test_without_alignment_nothing_of_the_drift_is_safe():
     assert torch.equal(safe_lora(ALIGNED, ALIGNED, TUNED, threshold=0.0), ALIGNED)
     assert safe_lora(BASE, ALIGNED, ALIGNED, threshold=0.5) is ALIGNED

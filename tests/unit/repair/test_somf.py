@@ -20,7 +20,7 @@ from keelwright.repair.mask_training import MaskLoop, Pairs, rate_at, split_pair
 from keelwright.repair.somf import Somf, SomfConfig, _update, fuse, is_masked, somf
 from keelwright.repair.somf_factors import read_factor_tasks
 from keelwright.training.rows import EncodedRow
-from keelwright.weights.live import LiveSource
+from keelwright.weights.live import LiveSource, LiveTrial
 from keelwright.weights.masks import Mask
 from keelwright.weights.stream import evaluate
 from keelwright.weights.survey import with_survey
@@ -298,6 +298,28 @@ def test_learning_lowers_the_loss_and_leaves_the_module_alone(kitchen):
     assert losses[0]["over_refusal"] == 0.25 and seen[0] is kitchen.module
     for name, one in kitchen.module.named_parameters():
         assert torch.equal(one, before[name]) and one.grad is None
+
+
+def test_the_edit_writes_the_model_that_was_measured_while_learning(kitchen):
+    seen = []
+    ids = torch.tensor([[4, 5, 6]])
+
+    def look(module):
+        with torch.no_grad():
+            seen.append(module(input_ids=ids).logits)
+        return {}
+
+    edit = Somf(SHORT, models=2).prepare(replace(kitchen, check=look))
+    kitchen.module.load_state_dict(
+        {
+            name: kitchen.sources["tuned"].read(name, 0, entry.elements).view(entry.shape)
+            for name, entry in kitchen.sources["tuned"].entries().items()
+        }
+    )
+    with LiveTrial(kitchen.module, kitchen.sources) as live, torch.no_grad():
+        live.apply(edit)
+        assert torch.allclose(kitchen.module(input_ids=ids).logits, seen[-1], atol=1e-5)
+        assert not torch.allclose(seen[0], seen[-1], atol=1e-3)
 
 
 def test_the_same_seed_learns_the_same_mask_and_another_seed_another(kitchen):

@@ -72,3 +72,13 @@ def test_the_dtype_of_most_weights_counts() -> None:
     entries = [TensorEntry("a", "F32", (3,)), TensorEntry("b", "BF16", (5,)), TensorEntry("c", "I64", (100,))]
     assert dominant_dtype(entries) == "bfloat16"
     assert dominant_dtype(entries[2:]) is None
+
+
+def test_none_removes_a_key_and_quantisation_is_not_copied(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": 3, "quantization_config": {"bits": 8}}))
+    copy_companions(model, model, tmp_path / "out", {"pad_token_id": None})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.keys() & {"pad_token_id", "quantization_config"} == set()
+    copy_companions(model, model, tmp_path / "out2", {"quantization_config": {"bits": 8}})
+    assert json.loads((tmp_path / "out2" / "config.json").read_text())["quantization_config"] == {"bits": 8}
