@@ -102,6 +102,9 @@ class WeightEdit(Protocol):
     def passes(self, name: str) -> int:
         """Only for REDUCED and ROWS: how often `reduce` sees the whole tensor before `edit` does."""
 
+    def span(self, entry: TensorEntry, found: Found) -> tuple[int, int]:
+        """Elements that the next pass of `reduce` must see, from a multiple of 2^18; all of them by default."""
+
     def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
         """Additive statistics of one chunk, given what the passes before came to."""
 

@@ -56,6 +56,10 @@ class Edit:
         """Return one pass where the reach is REDUCED, else none."""
         return int(self.reach(name) is Reach.REDUCED)
 
+    def span(self, entry: TensorEntry, found: Found) -> tuple[int, int]:
+        """Return the whole tensor."""
+        return 0, entry.elements
+
     def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
         """Return no statistics."""
         return {}

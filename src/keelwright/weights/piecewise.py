@@ -96,6 +96,10 @@ class Piecewise(Edit):
         """Return the passes of the tensor's own edit."""
         return self._part(name).edit.passes(name)
 
+    def span(self, entry: TensorEntry, found: Found) -> tuple[int, int]:
+        """Return what the next pass of the tensor's own edit must see."""
+        return self._part(entry.name).edit.span(entry, found)
+
     def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
         """Return the statistics of the tensor's own edit."""
         part = self._part(name)
@@ -126,6 +130,10 @@ class Piecewise(Edit):
             known = part.edit.survey() is not None
             parts.append(replace(part, edit=part.edit.surveyed(own)) if known else part)
         return replace(self, parts=tuple(parts))
+
+    def edit_of(self, name: str) -> WeightEdit:
+        """Return the tensor's own edit."""
+        return self._part(name).edit
 
     def _part(self, name: str) -> Part:
         return self.parts[self.places[name]]

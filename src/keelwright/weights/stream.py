@@ -8,7 +8,7 @@ and `Reach.ROWS` at least one row.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from keelwright.core.protocols import Chunk, Found, Reach, TensorEntry, TensorSource, WeightEdit
 from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.headers import FLOAT_DTYPES
+from keelwright.ops.philox import stream_key
+from keelwright.ops.rounding import round_stochastically
 from keelwright.weights.numerics import require_finite, round_once, widen, working_dtype
 
 CHUNK_ELEMENTS = 1 << 18
@@ -46,6 +48,8 @@ def evaluate(
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
     span: tuple[int, int] | None = None,
+    rounding_seed: int | None = None,
+    reduced: Callable[[Sequence[Found]], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield `(offset, values)` of one edited tensor: 1-D runs in the output's dtype, in order.
 
@@ -55,11 +59,21 @@ def evaluate(
         entry: The tensor in the output: name, dtype and shape.
         chunk_elements: Elements per run. Changes memory and speed, never the bits.
         span: Only these elements, from a multiple of `chunk_elements`; for tensors that `can_split`.
+        rounding_seed: Round up or down by chance, drawn from this seed; None: to nearest.
+        reduced: Told what the reductions of the tensor came to, before the first run.
 
     Raises:
         NumericalError: An input holds NaN or infinity, or a value does not fit the output's dtype.
     """
-    for part in walk(edit, sources, entry, chunk_elements=chunk_elements, span=span):
+    for (part,) in sweep(
+        (edit,),
+        sources,
+        entry,
+        chunk_elements=chunk_elements,
+        span=span,
+        rounding_seed=rounding_seed,
+        reduced=reduced,
+    ):
         yield part.offset, part.values
 
 
@@ -85,6 +99,8 @@ def sweep(
     chunk_elements: int = CHUNK_ELEMENTS,
     span: tuple[int, int] | None = None,
     beside: str | None = None,
+    rounding_seed: int | None = None,
+    reduced: Callable[[Sequence[Found]], None] | None = None,
 ) -> Iterator[tuple[Evaluated, ...]]:
     """Yield runs of one tensor as several edits make it, from one reading of the inputs.
 
@@ -95,9 +111,13 @@ def sweep(
         chunk_elements: Elements per run.
         span: Only these elements.
         beside: A role whose values are handed on as its source gives them.
+        rounding_seed: Round up or down by chance, drawn from this seed; None: to nearest.
+        reduced: Told what the reductions of each edit came to, before the first run.
     """
     reaches = [effective_reach(edit, entry) for edit in edits]
     found = _reductions(edits, reaches, sources, entry)
+    if reduced is not None:
+        reduced(found)
     pairs = list(zip(edits, reaches, strict=True))
     roles = list(dict.fromkeys(role for edit, reach in pairs for role in _read(edit, reach, entry)))
     computed = {role for edit, reach in pairs if reach is not Reach.COPY for role in edit.reads(entry.name)}
@@ -116,7 +136,7 @@ def sweep(
         )
         chunk = Chunk(wide, first, entry)
         yield tuple(
-            Evaluated(first, _result(edit, reach, raw, chunk, one, sources, dtype, last - first), other)
+            Evaluated(first, _result(edit, reach, raw, chunk, one, sources, dtype, last - first, rounding_seed), other)
             for (edit, reach), one in zip(pairs, found, strict=True)
         )
 
@@ -167,6 +187,7 @@ def _result(
     sources: Mapping[str, TensorSource],
     dtype: torch.dtype,
     size: int,
+    rounding_seed: int | None,
 ) -> Tensor:
     entry = chunk.entry
     if reach is Reach.COPY:
@@ -176,7 +197,7 @@ def _result(
             require_finite(values, role=role, name=entry.name, offset=chunk.offset, source=sources[role].describe())
             if values.dtype is not dtype:
                 # The source is an adapter's sum in float32, or stores the tensor in another dtype than the layout.
-                values = round_once(values, dtype, name=entry.name, offset=chunk.offset)
+                values = _rounded(values, dtype, entry.name, chunk.offset, rounding_seed)
         return values
     result = edit.edit(entry.name, chunk, found).reshape(-1)
     if result.numel() != size:
@@ -184,7 +205,17 @@ def _result(
         raise ValueError(f"{edit!r} returned {result.numel()} values for {size} elements of '{entry.name}'")
     if result.dtype is dtype and any(result.data_ptr() == one.data_ptr() for one in chunk.tensors.values()):
         result = result.clone()  # the chunk's memory is used again before this is written
-    return round_once(result, dtype, name=entry.name, offset=chunk.offset)
+    return _rounded(result, dtype, entry.name, chunk.offset, rounding_seed)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, name: str, offset: int, seed: int | None) -> Tensor:
+    """Return values in the output's dtype, checked: rounded to nearest even, or by chance where there is a seed."""
+    nearest = round_once(values, dtype, name=name, offset=offset)
+    if seed is None or torch.promote_types(values.dtype, dtype) is dtype:
+        return nearest
+    wide = values if values.dtype is torch.float64 else values.float()
+    # A word of its own: no method's mask is drawn from this stream.
+    return round_stochastically(wide, dtype, key=stream_key(seed, "rounding", name), offset=offset)
 
 
 def _reductions(
@@ -213,8 +244,9 @@ def _sums(
     totals: dict[str, Any] = {}
     unit, shape = _unit((Reach.ROWS,) if rows else (Reach.REDUCED,), entry, _REDUCTION_ELEMENTS)
     buffers: dict[str, Tensor] = {}
-    for first in range(0, entry.elements, unit):
-        last = min(entry.elements, first + unit)
+    start, end = edit.span(entry, found)
+    for first in range(start, end, unit):
+        last = min(end, first + unit)
         wide = {
             role: _widened(sources[role].read(entry.name, first, last), role, sources[role], entry, first, buffers)
             for role in edit.reads(entry.name)

@@ -15,7 +15,7 @@ from keelwright.core.protocols import Chunk, Found, Reach, Stats, TensorEntry
 from keelwright.ops.per_model import one_per_model, require_models, require_numbers
 from keelwright.ops.task_vectors import RESCALES, l1_scale, magnitude_sum
 from keelwright.weights.edit import model_roles, tuned_roles
-from keelwright.weights.threshold import Ranks, cuts_are_known, reduce_cuts, settle_cuts
+from keelwright.weights.threshold import Ranks, cuts_are_known, open_span, reduce_cuts, settle_cuts
 
 ALIGNED = "aligned"
 PerModel = float | tuple[float, ...]
@@ -181,6 +181,10 @@ class TaskVectors:
         if self.is_whole():
             return 0
         return self.cut_passes() + int(getattr(self.config, "rescale", "none") == "l1")
+
+    def span(self, entry: TensorEntry, found: Found) -> tuple[int, int]:
+        """Return the part of the tensor that the thresholds still depend on."""
+        return open_span(entry, found) if self.cut_passes() else (0, entry.elements)
 
     def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
         """Return what the thresholds need, then the sums of magnitudes."""

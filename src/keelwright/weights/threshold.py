@@ -27,7 +27,8 @@ Vector = Callable[[str], Tensor]
 """Gives the values of a named vector in a chunk; called only when they are needed."""
 
 _BLOCK = 1 << 18
-_PARTS = 64
+# More parts make the third pass shorter and the statistics of the second larger: 128 KiB each.
+_PARTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,17 @@ def reduce_cuts(vector: Vector, ranks: Ranks, chunk: Chunk, found: Found) -> dic
                 mask[places] = True
                 stats[f"equal {name} {rank} {chunk.offset}"] = mask
     return stats
+
+
+def open_span(entry: TensorEntry, found: Found) -> tuple[int, int]:
+    """Return the elements that the next pass must see: in the third pass the parts that hold a cut, else all."""
+    if "open" not in found or "edges" in found:
+        return 0, entry.elements
+    parts = [part for _, part, _ in found["open"].values()]
+    if not parts:
+        return 0, 0
+    size = _part_size(entry.elements)
+    return min(parts) * size, min(entry.elements, (max(parts) + 1) * size)
 
 
 def settle_cuts(ranks: Ranks, entry: TensorEntry, sums: Stats, found: Found) -> dict[str, Any]:
