@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class Checkpoint:
         self._headers, self._owner = _open_headers(folder, self._text)
         self._entries = {name: header.tensors[name].entry for name, header in self._owner.items()}
         self._handles: dict[Path, int] = {}
+        self._opening = threading.Lock()
         self._finalizer = weakref.finalize(self, _close, self._handles)
 
     def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path, str]]:
@@ -124,7 +126,10 @@ class Checkpoint:
     def _fill(self, path: Path, view: memoryview, position: int) -> None:
         handle = self._handles.get(path)
         if handle is None:
-            handle = self._handles[path] = os.open(path, os.O_RDONLY)
+            with self._opening:  # several threads may read at once
+                handle = self._handles.get(path)
+                if handle is None:
+                    handle = self._handles[path] = os.open(path, os.O_RDONLY)
         filled = 0
         while filled < len(view):
             got = os.preadv(handle, [view[filled:]], position + filled)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,15 +21,22 @@ from keelwright.core.errors import ModelMismatchError
 from keelwright.core.protocols import Reach, TensorEntry, TensorSource, WeightEdit
 from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.dtypes import STORED_NAMES, TORCH_DTYPES
+from keelwright.models.float8 import Float8Checkpoint
 from keelwright.models.names import name_map
+from keelwright.ops.gram import gram
 from keelwright.weights.edit import Edit
+from keelwright.weights.numerics import working_dtype
 from keelwright.weights.plan import require_same_tensors, untie
-from keelwright.weights.sources import AliasedSource
+from keelwright.weights.sources import AliasedSource, innermost
 from keelwright.weights.stream import walk
 from keelwright.weights.survey import with_survey
+from keelwright.weights.workers import MOST_WORKERS, TASK_BYTES, default_workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_THREADS_ABOVE = 1 << 24
+"""Elements of a model from which a trial is written by several threads."""
 
 LAYOUT_ROLE = "tuned"
 """The role that the live model plays; edits name it last."""
@@ -151,16 +159,17 @@ class LiveTrial:
         Raises:
             NumericalError: An input holds NaN or infinity, or a value does not fit the dtype.
         """
-        moved, size, changed = 0.0, 0.0, 0
-        edit = with_survey(edit, self.sources, self.sources[LAYOUT_ROLE].entries().values())
-        for parameter, tensor in self._pairs.items():
-            norms = self._write(edit, parameter, tensor)
-            # Summed per tensor first: a small move must not vanish beside the large ones before it.
-            tensor_moved = sum(part_moved for part_moved, _ in norms)
-            moved += tensor_moved
-            size += sum(part_size for _, part_size in norms)
-            changed += tensor_moved > 0.0
-        return Change(math.sqrt(moved / size) if size else 0.0, changed)
+        entries = self.sources[LAYOUT_ROLE].entries()
+        edit = with_survey(edit, self.sources, entries.values())
+        pairs = list(self._pairs.items())
+        if sum(entries[tensor].elements for _, tensor in pairs) < _THREADS_ABOVE:
+            norms = [self._write(edit, *pair) for pair in pairs]
+        else:
+            # Reading, the compiled loops and copying leave the interpreter free.
+            with ThreadPoolExecutor(default_workers(MOST_WORKERS * TASK_BYTES)) as pool:
+                norms = list(pool.map(lambda pair: self._write(edit, *pair), pairs))
+        moved, size = (math.fsum(one[index] for one in norms) for index in range(2))
+        return Change(math.sqrt(moved / size) if size else 0.0, sum(one[0] > 0.0 for one in norms))
 
     def undo(self) -> None:
         """Give the live model the tuned weights back, bit for bit."""
@@ -175,26 +184,31 @@ class LiveTrial:
         self.undo()
 
     @torch.no_grad()
-    def _write(self, edit: WeightEdit, parameter: str, tensor: str) -> list[tuple[float, float]]:
-        """Write one tensor; return squared distances from and squared norms of the tuned values, per chunk."""
+    def _write(self, edit: WeightEdit, parameter: str, tensor: str) -> tuple[float, float]:
+        """Write one tensor; return its squared distance from the tuned values, and their squared norm."""
         flat = self._parameters[parameter].view(-1)
-        norms = []
+        moved, size = 0.0, 0.0
         entry = self.sources[LAYOUT_ROLE].entries()[tensor]
         for part in walk(edit, self.sources, entry, beside=LAYOUT_ROLE):
             flat[part.offset : part.offset + part.values.numel()] = part.values.to(flat.device)
             if part.beside is None:
                 raise TypeError("the tuned values were asked for")
             # An adapter's sum comes in float32; the live model held it rounded.
-            tuned = part.beside.to(part.values.dtype).double()
-            norms.append((float((part.values.double() - tuned).square().sum()), float(tuned.square().sum())))
-        return norms
+            wide = working_dtype(part.values.dtype)
+            tuned = part.beside.to(part.values.dtype).to(wide)
+            moved += float(gram([part.values.to(wide)], tuned))
+            size += float(gram([tuned]))
+        return moved, size
 
     def _require_stored_dtypes(self, module: PreTrainedModel) -> None:
         # Any other dtype was cast from the stored values when the model was loaded, and a trial casts in the same way.
-        # An adapter's sum was rounded to the model's dtype and never to the stored one: that could not be undone.
+        # An adapter's sum, and a number times its scale, were rounded to the model's dtype and never to the stored
+        # one: that could not be undone.
         tuned = self.sources[LAYOUT_ROLE]
         inner = tuned.inner if isinstance(tuned, AliasedSource) else tuned
-        touched = inner.touched() if isinstance(inner, AdaptedCheckpoint) else frozenset()
+        touched = set(inner.touched()) if isinstance(inner, AdaptedCheckpoint) else set()
+        base = innermost(tuned)
+        touched |= set(base.scalings) if isinstance(base, Float8Checkpoint) else set()
         for parameter, tensor in self._pairs.items():
             found, wanted = self._parameters[parameter].dtype, TORCH_DTYPES[tuned.entries()[tensor].dtype]
             if tensor in touched and found is not wanted:

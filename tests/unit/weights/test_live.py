@@ -91,7 +91,7 @@ def test_the_relative_norm_is_that_of_the_weights(models):
     change = trial.apply(HALF)
     moved = sum(float((module.state_dict()[name].double() - before[name]).square().sum()) for name in names)
     size = sum(float(before[name].square().sum()) for name in names)
-    assert change.relative_norm == pytest.approx(math.sqrt(moved / size), rel=1e-12)
+    assert change.relative_norm == pytest.approx(math.sqrt(moved / size), rel=1e-7)  # differences are taken in float32
 
 
 def test_the_tuned_end_changes_nothing(models):
