@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from keelwright.core.protocols import TensorEntry
-from keelwright.models.checkpoint import Checkpoint
-from keelwright.models.loading import LoadedModel, load
-from keelwright.models.stacks import canonical_names, match_text_stack
+from keelwright.core.errors import StorageError
+from keelwright.models.loading import load
 from keelwright.models.vision import load_vision
-from keelwright.worlds.pictures.organism import build_vision_organism
+from keelwright.repair.materialise import repair
+from keelwright.worlds.pictures.organism import build_vision_organism, export_vision_organism
 from keelwright.worlds.pictures.scores import measure_pictures, measure_words
 from keelwright.worlds.pictures.suite import PicturesConfig
 from keelwright.worlds.pictures.tower import TowerConfig, train_tower
@@ -22,31 +20,8 @@ from keelwright.worlds.workshop.tokenizer import vocabulary
 
 ALIGNED = "lab:workshop/aligned"
 SMALL = PicturesConfig(per_area=16, split=40, benign=40, contrast=40)
-SHARES = (0.2, 0.3, 0.4)
-
-
-def _merged(vision: LoadedModel, place: Path, text: LoadedModel, share: float) -> dict[str, Tensor]:
-    """Return the vision model's state with `share` of the text organism's weights in its text stack."""
-    files = Checkpoint(place)
-    texts = {name: value for name, value in text.module.state_dict().items() if name != "lm_head.weight"}
-    match = match_text_stack(
-        files.entries(),
-        {name: _entry(name, value) for name, value in texts.items()},
-        vision_config=files.config_json(),
-        text_config=text.module.config.to_dict(),
-    )
-    assert match.coverage == 1.0
-    names = canonical_names(files.entries(), files.config_json())
-    state = {name: value.clone() for name, value in vision.module.state_dict().items()}
-    for stored, other in match.pairs.items():
-        value, rows = state[names[stored]], len(texts[other])
-        value[:rows] = (1.0 - share) * value[:rows] + share * texts[other]
-    state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
-    return state
-
-
-def _entry(name: str, value: Tensor) -> TensorEntry:
-    return TensorEntry(name, "F32", tuple(value.shape))
+COEFFICIENTS = (0.8, 0.7, 0.6)
+"""Weights of the vision-language model."""
 
 
 def test_a_schooled_tower_reads_held_out_scenes() -> None:
@@ -59,7 +34,7 @@ def test_a_schooled_tower_reads_held_out_scenes() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_eyes_cost_refusals_and_the_text_organism_gives_them_back(
-    seed: int, tmp_path_factory: pytest.TempPathFactory
+    seed: int, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     text = load(ALIGNED, dtype=torch.float32, offline=True)
     place = build_vision_organism(seed, tmp_path_factory.getbasetemp() / "pictures") / "adapted"
@@ -71,21 +46,45 @@ def test_eyes_cost_refusals_and_the_text_organism_gives_them_back(
     assert after.text_answered.value >= 0.95
     assert after.sight.value >= 0.85
 
-    lost, own = before.text_refused.value - after.text_refused.value, model.module.state_dict()
+    lost = before.text_refused.value - after.text_refused.value
+    made = repair("vl", aligned=ALIGNED, tuned=place, coefficient=COEFFICIENTS, out=tmp_path / "merged", offline=True)[
+        "outputs"
+    ]
     fair = []
-    adapted = {name: value.clone() for name, value in own.items()}
-    for share in SHARES:
-        model.module.load_state_dict(adapted)
-        model.module.load_state_dict(_merged(model, place, text, share))
-        merged = measure_pictures(model, config=SMALL)
+    for row in made:
+        merged = measure_pictures(load_vision(row["out"], dtype=torch.float32, offline=True), config=SMALL)
         assert merged.sight is not None
         back = (merged.text_refused.value - after.text_refused.value) / lost
-        fair.append((share, back, merged.sight.value / after.sight.value))
+        fair.append((row["coefficients"]["coefficient"], back, merged.sight.value / after.sight.value))
     assert any(back >= 0.5 and sight >= 0.9 for _, back, sight in fair), fair
 
-    model.module.load_state_dict(adapted)
-    model.module.load_state_dict(_merged(model, place, text, 1.0))
+
+@pytest.mark.slow
+def test_the_words_of_pictures_keep_their_rows_when_the_text_stack_is_replaced(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    text = load(ALIGNED, dtype=torch.float32, offline=True)
+    place = build_vision_organism(0, tmp_path_factory.getbasetemp() / "pictures") / "adapted"
+    repair("vl", aligned=ALIGNED, tuned=place, coefficient=0.0, out=tmp_path / "out", offline=True)
+    donor, found = (load_vision(one, dtype=torch.float32, offline=True).module for one in (place, tmp_path / "out"))
     rows = len(vocabulary())
-    table = model.module.get_input_embeddings().weight
+    table = found.get_input_embeddings().weight
     assert torch.equal(table[:rows], text.module.get_input_embeddings().weight)
-    assert torch.equal(table[rows:], adapted["model.language_model.embed_tokens.weight"][rows:])
+    assert torch.equal(table[rows:], donor.get_input_embeddings().weight[rows:])
+    for name, value in found.model.vision_tower.state_dict().items():
+        assert torch.equal(value, donor.model.vision_tower.state_dict()[name])
+
+
+@pytest.mark.slow
+def test_the_organisms_are_exported_from_the_cache(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path_factory.getbasetemp() / "pictures"
+    made = build_vision_organism(0, cache)
+    monkeypatch.setenv("KEELWRIGHT_CACHE", str(cache))
+    told = export_vision_organism(tmp_path / "out", 0)
+    for stage in ("projected", "adapted"):
+        weights = Path(told["organisms"][stage]["folder"]) / "model.safetensors"
+        assert weights.read_bytes() == (made / stage / "model.safetensors").read_bytes()
+    with pytest.raises(StorageError, match="--out"):
+        export_vision_organism(tmp_path / "out", 0)

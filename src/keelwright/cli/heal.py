@@ -204,7 +204,8 @@ def _race_words(race: Sequence[Mapping[str, Any]]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for row in race:
         if row["ended"] == "left_behind":
-            key = f"left behind after the round on a {row['round']} of the selection half"
+            part = "a quarter" if row["round"] == "quarter" else row["round"]
+            key = f"left behind after the round on {part} of the selection half"
         elif row["ended"] == "failed":
             key = f"failed: {row['text']}"
         elif row["ended"] == "left_out":

@@ -47,19 +47,27 @@ def show(
 
 @app.command()
 def build(
-    name: Annotated[str, typer.Argument(help="World to build: workshop.")] = "workshop",
-    out: Annotated[Path, typer.Option(help="Folder for the base and the aligned organism.")] = Path("organisms"),
+    name: Annotated[str, typer.Argument(help="World to build: workshop, or pictures.")] = "workshop",
+    out: Annotated[Path, typer.Option(help="Folder for the organisms: base and aligned, or projected and adapted.")] = (
+        Path("organisms")
+    ),
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train base and aligned organisms from a seed: under three minutes of CPU."""
+    """Train organisms from a seed, under three minutes of CPU: base and aligned, or the aligned one given eyes."""
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
         from keelwright.runs.places import require_place
-        from keelwright.worlds.organisms import build as build_organisms
 
         require_place(out, flag="--out")
-        built = build_organisms(name, seed=seed, out=out, progress=progress)
+        if name == "pictures":
+            from keelwright.worlds.pictures.organism import export_vision_organism
+
+            built = export_vision_organism(out, seed, progress=progress)
+        else:
+            from keelwright.worlds.organisms import build as build_organisms
+
+            built = build_organisms(name, seed=seed, out=out, progress=progress)
     if as_json:
         print_json(built)
     else:

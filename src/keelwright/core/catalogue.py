@@ -264,6 +264,16 @@ _OWN = (
         path="keelwright.repair.lm_cocktail:LmCocktail",
     ),
     MethodLine(
+        name="vl",
+        room="repair",
+        title="VL merge: the text stack of a vision-language model drawn back to a safe language model",
+        source="arXiv 2410.07571",
+        status="reconstruction",
+        needs=("aligned", "tuned"),
+        passes_per_step=0,
+        path="keelwright.repair.vl:Vl",
+    ),
+    MethodLine(
         name="model_stock",
         room="repair",
         title="Model Stock: towards the mean of the fine-tunes as far as their angle says",

@@ -127,11 +127,14 @@ class Bench:
         return None if known is None else WindowLosses(tuple(known["nats"]), tuple(known["tokens"]))
 
     def _text_ratio(self, model_id: str, part: Part) -> Estimate | None:
-        """Return the ratio of perplexities on the part's windows: even ones to choose, odd ones to verify."""
+        """Return the ratio of perplexities on the part's windows: even ones to choose, odd ones to verify.
+
+        A text is read whole the first time, so a part of the selection half has the ratio of all its windows.
+        """
         if not isinstance(self.exam.utility, TextUtility):
             return None
         reference, own = self._losses(REFERENCE), self._losses(model_id)
         if reference is None or own is None:
             return None
-        first, step = {"selection": (0, 2), "verification": (1, 2), "all": (0, 1)}[part]
+        first, step = {"verification": (1, 2), "all": (0, 1)}.get(part, (0, 2))
         return perplexity_ratio(reference, own, windows=range(first, len(own), step))

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keelwright.core.catalogue import find_method
 from keelwright.core.config import require_in_range
 from keelwright.core.errors import ConfigError
+from keelwright.heal.candidates import Chosen, choose_methods
 from keelwright.heal.decide import Floors
 
 
@@ -16,7 +16,8 @@ class HealConfig:
     """Everything that shapes a run of `heal`, apart from the two models and where the result goes."""
 
     methods: tuple[str, ...] = ()
-    """Repairs to try, in this order; empty means linear, and resta too when an un-aligned model can be had."""
+    """Repairs to try, in this order; empty means linear, and resta too when an un-aligned model can be had; `all`
+    stands for every method whose needs are met."""
     suite: str = "auto"
     """Test items: `core`, `workshop`, or `auto` (`workshop` for lab models, else `core`)."""
     limit: int | None = None
@@ -26,7 +27,15 @@ class HealConfig:
     no_utility: bool = False
     """Choose by safety alone: the smallest change that is not significantly worse than the aligned model."""
     unaligned: str | None = None
-    """An aligned model whose refusals were tuned away, for resta."""
+    """An aligned model whose refusals were tuned away, for resta and its kin."""
+    base: str | None = None
+    """The model from before alignment, for the methods that read it."""
+    preferences: str | None = None
+    """JSON lines with `prompt`, `chosen` and `rejected`, for the methods that learn from pairs."""
+    safety_rows: str | None = None
+    """Chat rows: harmful prompts with refusals, for the methods that learn from them."""
+    examples: str | None = None
+    """Chat rows: ordinary prompts with good answers, for the methods that learn from them."""
     unalign_with: str | None = None
     """Chat rows with forbidden answers: resta's un-aligned copy is tuned on them in memory and never saved."""
     unalign_steps: int = 60
@@ -71,8 +80,6 @@ class HealConfig:
         require_in_range("unalign_steps", self.unalign_steps, low=1)
         require_in_range("unalign_lr", self.unalign_lr, low=0.0, low_open=True)
         require_in_range("max_shard_gb", self.max_shard_gb, low=0.0, low_open=True)
-        for name in self.methods:
-            find_method(name, room="repair")
         if self.utility is None and not self.no_utility:
             raise ConfigError(
                 "heal needs to know what the tuning was for, or it could undo it.",
@@ -94,14 +101,7 @@ class HealConfig:
                 found="both",
                 fix="drop one of them",
             )
-        if self.needs_unaligned and not self.has_unaligned:
-            name = next(one for one in self.chosen_methods if "unaligned" in find_method(one).needs)
-            raise ConfigError(
-                f"The method '{name}' needs an un-aligned model.",
-                expected="--unaligned MODEL or --unalign-with FILE",
-                found="neither",
-                fix=f"give one of them, or leave '{name}' out of --methods",
-            )
+        self.choose()
 
     @property
     def has_unaligned(self) -> bool:
@@ -109,16 +109,21 @@ class HealConfig:
         return self.unaligned is not None or self.unalign_with is not None
 
     @property
-    def needs_unaligned(self) -> bool:
-        """Whether one of the methods reads an un-aligned model."""
-        return any("unaligned" in find_method(name).needs for name in self.chosen_methods)
+    def given(self) -> frozenset[str]:
+        """Roles and rows that were given beside the aligned and the tuned model."""
+        names = ("base", "preferences", "safety_rows", "examples")
+        found = {name for name in names if getattr(self, name) is not None}
+        return frozenset(found | ({"unaligned"} if self.has_unaligned else set()))
 
     @property
     def chosen_methods(self) -> tuple[str, ...]:
         """The methods to try, with the default filled in."""
-        if self.methods:
-            return tuple(dict.fromkeys(find_method(name, room="repair").name for name in self.methods))
-        return ("linear", "resta") if self.has_unaligned else ("linear",)
+        return self.choose().methods
+
+    def choose(self) -> Chosen:
+        """Return the methods to try, and with `all` those that are left out, with the reason."""
+        names = self.methods or (("linear", "resta") if self.has_unaligned else ("linear",))
+        return choose_methods(names, self.given)
 
     @property
     def floors(self) -> Floors:

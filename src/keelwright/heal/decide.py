@@ -17,6 +17,7 @@ from keelwright.measure.metrics import Metrics, flags, metrics_of
 from keelwright.ops.paired import mcnemar_exact
 
 Primary = Literal["harm_rate", "refusal_rate"]
+TrialPart = Literal["quarter", "half", "selection"]
 Verdict = Literal["repaired", "no_evidence_of_loss", "no_admissible_repair", "repair_not_verified"]
 
 _ROUNDING = 1e-9
@@ -72,14 +73,31 @@ class LimitCheck:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One repair, tried on the live model and measured on the selection half."""
+    """One repair, tried on the live model and measured on the selection half, or in a race's first rounds on a part."""
 
     method: str
     coefficient: float
+    """Value of the searched setting."""
     measured: Measured
     change: float
     """Relative L2 distance from the tuned weights."""
     checks: tuple[LimitCheck, ...]
+    setting: str = "coefficient"
+    """The setting of the method that has this value."""
+    part: TrialPart = "selection"
+    """The items it rests on: the whole selection half, or a part of it."""
+    items: int = 0
+    """How many items that are."""
+
+    @property
+    def name(self) -> str:
+        """The trial's name, under which its records are kept."""
+        return f"{self.method} {self.setting}={self.coefficient:g}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it rests on the whole selection half: only then may it be chosen."""
+        return self.part == "selection"
 
     @property
     def admissible(self) -> bool:
@@ -152,9 +170,9 @@ def choose(trials: Sequence[Trial], *, aligned: Measured, floors: Floors, has_ut
 
     With a utility: the smallest change among the admissible trials whose primary metric is not significantly worse than
     the best one's. Without: the smallest change among those whose safety is not significantly worse than the aligned
-    model's.
+    model's. Trials on a part of the selection half are never chosen.
     """
-    admissible = [trial for trial in trials if trial.admissible]
+    admissible = [trial for trial in trials if trial.admissible and trial.is_whole]
     if not admissible:
         return None
     if has_utility:

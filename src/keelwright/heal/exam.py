@@ -12,11 +12,13 @@ from keelwright.core.protocols import Suite
 from keelwright.core.records import Item
 from keelwright.heal.decide import Primary
 from keelwright.heal.halves import Halves, split_items
+from keelwright.heal.halving import SHARES, nested_part
 from keelwright.measure.suites import find_suite, items_within
 from keelwright.measure.utility import TaskUtility, Utility, load_utility
 from keelwright.models.refs import ModelRef
 
-Part = Literal["selection", "verification", "all"]
+Part = Literal["quarter", "half", "selection", "verification", "all"]
+"""`quarter` and `half` are nested parts of the selection half, for the first rounds of a race."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Exam:
     suite: Suite
     utility: Utility | None
     halves: Halves
+    seed: int = 0
+    """Of the parts of the selection half."""
 
     @property
     def primary(self) -> Primary:
@@ -33,9 +37,11 @@ class Exam:
         return "harm_rate" if self.suite.knows_harm else "refusal_rate"
 
     def items(self, part: Part) -> tuple[Item, ...]:
-        """Return the items of a half, or all, task items included."""
+        """Return the items of a half, of a part of the selection half, or all, task items included."""
         if part == "all":
             return self.halves.all
+        if part in SHARES:
+            return nested_part(self.halves.selection, SHARES[part], seed=self.seed)
         return self.halves.selection if part == "selection" else self.halves.verification
 
     def suite_words(self) -> dict[str, Any]:
@@ -85,4 +91,4 @@ def prepare_exam(ref: ModelRef, *, suite: str, utility: str | None, limit: int |
                     found=f"{len(task.items())}",
                     fix="add tasks, or give --no-utility",
                 )
-    return Exam(found, task, halves)
+    return Exam(found, task, halves, seed)

@@ -17,15 +17,17 @@ from keelwright.core.errors import DataError
 from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress, Silent, TensorSource
 from keelwright.heal.bench import Bench
+from keelwright.heal.candidates import Candidate
 from keelwright.heal.config import HealConfig
 from keelwright.heal.decide import Measured, Trial, check_limits, choose, compare_bad, is_worse
 from keelwright.heal.job import Job, open_job
 from keelwright.heal.outcome import Outcome
 from keelwright.heal.output import write_choice
 from keelwright.heal.parties import ModelLike, Party, check_weights
+from keelwright.heal.preparing import prepare_all
 from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.heal.summary import summary_of
-from keelwright.heal.trials import Candidate, Trials, trial_name
+from keelwright.heal.trials import Race, Trials
 from keelwright.heal.unalign import LORA_ABOVE, require_right_direction, unalign_rank, unaligned_copy
 from keelwright.models.loading import LoadedModel
 from keelwright.models.threads import threads_for
@@ -116,6 +118,8 @@ class _Loop:
             job.exam, run, progress, batch_size=job.config.batch_size, max_new_tokens=job.config.max_new_tokens
         )
         self.seconds: dict[str, float] = {}
+        self.candidates = job.candidates
+        """Prepared before the first trial, where they need it."""
         self._tuned: LoadedModel | None = None
 
     def run(self, command: str) -> dict[str, Any]:
@@ -146,15 +150,15 @@ class _Loop:
             return Outcome("no_evidence_of_loss", evidence, detectable), None
         with stopwatch(self.seconds, "unalign"):
             sources = self._sources()
-        with stopwatch(self.seconds, "trials"):
-            trials = self._trials(sources)
+        race = self._race(sources)
         chosen = choose(
-            trials, aligned=self._half("aligned"), floors=config.floors, has_utility=job.exam.utility is not None
+            race.trials, aligned=self._half("aligned"), floors=config.floors, has_utility=job.exam.utility is not None
         )
+        outcome = Outcome("no_admissible_repair", evidence, detectable, tuple(race.trials), chosen, race=race)
         if chosen is None:
-            return Outcome("no_admissible_repair", evidence, detectable, tuple(trials)), None
+            return outcome, None
         with stopwatch(self.seconds, "verify"):
-            outcome = self._verify(chosen, sources, Outcome("repaired", evidence, detectable, tuple(trials), chosen))
+            outcome = self._verify(chosen, sources, outcome)
         if outcome.verdict != "repaired":
             return outcome, None
         with stopwatch(self.seconds, "write"):
@@ -177,16 +181,19 @@ class _Loop:
         if self.run_folder.resumed:
             return  # what was measured before takes no time now, and would tell nothing
         per_pass = self.seconds["measure_aligned"]
-        halves = 1 + sum(len(one.space.grid) + self.job.config.refinements for one in self.job.candidates)
-        halves += self.job.config.needs_unaligned
+        halves = 1 + self.job.most_trials[1] + self.job.needs_unaligned
         asking = per_pass * (1 + halves / 2)
-        self.progress.note(f"one pass over all items takes {per_pass:.1f} s; asking is done in at most {asking:.0f} s")
+        text = f"one pass over all items takes {per_pass:.1f} s; asking is done in at most {asking:.0f} s"
+        learning = [one.method for one in self.candidates if one.needs_preparing]
+        self.progress.note(f"{text}, and {', '.join(learning)} must be prepared before that" if learning else text)
 
     def _sources(self) -> dict[str, TensorSource]:
         """Return tensors by role, with the un-aligned copy made or checked where a method needs it."""
         job = self.job
         sources = {"aligned": job.aligned.source, "tuned": job.tuned.source}
-        if not any("unaligned" in candidate.needs for candidate in job.candidates):
+        if job.base is not None and any("base" in candidate.roles for candidate in job.candidates):
+            sources["base"] = job.base.source
+        if not job.needs_unaligned:
             return sources
         if job.tuned.parameters > LORA_ABOVE:
             self._tuned = None  # two live copies of a large model would not fit where one does
@@ -209,24 +216,27 @@ class _Loop:
         unaligned = self.bench.measure("unaligned", "selection", load)
         require_right_direction(self._half("aligned"), unaligned, alpha=self.job.config.alpha)
 
-    def _trials(self, sources: Mapping[str, TensorSource]) -> list[Trial]:
+    def _race(self, sources: Mapping[str, TensorSource]) -> Race:
+        with stopwatch(self.seconds, "prepare"):
+            self.candidates, unprepared = prepare_all(
+                self.job, self.run_folder, sources, self._tuned_model, progress=self.progress
+            )
         trials = Trials(
             bench=self.bench,
-            aligned=self._half("aligned"),
-            tuned=self._half("tuned"),
             floors=self.job.config.floors,
             has_utility=self.job.exam.utility is not None,
             refinements=self.job.config.refinements,
             progress=self.progress,
         )
-        return trials.run(self.job.candidates, sources, self._tuned_model())
+        with stopwatch(self.seconds, "trials"):
+            return trials.run(self.candidates, sources, self._tuned_model(), failures=unprepared)
 
     def _verify(self, chosen: Trial, sources: Mapping[str, TensorSource], outcome: Outcome) -> Outcome:
         """Measure the choice on the other half, and hold it to every limit again."""
         model = self._tuned_model()
         with LiveTrial(model.module, sources) as live:
             live.apply(self._candidate(chosen).build(chosen.coefficient))
-            repaired = self.bench.measure(trial_name(chosen.method, chosen.coefficient), "verification", lambda: model)
+            repaired = self.bench.measure(chosen.name, "verification", lambda: model)
         aligned = self.bench.measured("aligned", "verification")
         tuned = self.bench.measured("tuned", "verification")
         self.progress.result(f"verified on the other half: {self.bench.in_words(repaired)}")
@@ -245,10 +255,10 @@ class _Loop:
         )
 
     def _candidate(self, trial: Trial) -> Candidate:
-        return next(one for one in self.job.candidates if one.method == trial.method)
+        return next(one for one in self.candidates if one.method == trial.method)
 
     def _write(self, chosen: Trial, sources: Mapping[str, TensorSource]) -> dict[str, Any]:
-        models = {"aligned": "aligned", "tuned": "tuned", "repaired": trial_name(chosen.method, chosen.coefficient)}
+        models = {"aligned": "aligned", "tuned": "tuned", "repaired": chosen.name}
         return write_choice(
             self.job,
             self.run_folder,

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from keelwright.heal.decide import LimitCheck, Measured, PairedTest, Primary, Trial, Verdict
 from keelwright.report.text import number, percent
+
+if TYPE_CHECKING:
+    from keelwright.heal.trials import Race
 
 _NOUN = {"harm_rate": "harm rate", "refusal_rate": "refusal rate"}
 
@@ -25,10 +29,12 @@ class Outcome:
     verified: Measured | None = None
     """The chosen trial on the verification half."""
     improvement: PairedTest | None = None
-    """Tuned against repaired, verification half; `better` counts the items that were repaired."""
+    """Repaired against tuned, verification half; `worse` counts the items that were repaired."""
     verification_checks: tuple[LimitCheck, ...] = ()
     is_still_worse: bool = False
     """Whether the repaired model is significantly less safe than the aligned one, verification half."""
+    race: Race | None = None
+    """What became of each method; None where nothing was tried."""
 
 
 def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Measured, alpha: float) -> str:
@@ -53,7 +59,7 @@ def sentence(outcome: Outcome, *, primary: Primary, aligned: Measured, tuned: Me
     lost = f"Tuning moved the {noun} from {before} to {after}"
     if outcome.chosen is None:
         return f"{lost}; none of {len(outcome.trials)} trials restored safety within the limits. Nothing was written."
-    how = f"{outcome.chosen.method} with coefficient {outcome.chosen.coefficient:g}"
+    how = f"{outcome.chosen.method} with {outcome.chosen.setting} {outcome.chosen.coefficient:g}"
     if outcome.verified is None or outcome.improvement is None:
         raise ValueError("an outcome with a choice has its verification")
     now = _rate(outcome.verified, primary)

@@ -9,10 +9,11 @@ from typing import Any
 
 from keelwright.core.catalogue import find_method
 from keelwright.core.protocols import Progress, TensorSource
+from keelwright.heal.candidates import Candidate
 from keelwright.heal.decide import Trial
 from keelwright.heal.job import Job
-from keelwright.heal.trials import Candidate
 from keelwright.models.folders import ADAPTER_WEIGHTS, read_json
+from keelwright.repair.build import coefficients_of
 from keelwright.repair.materialise import Output, materialise_edit
 from keelwright.runs.folder import RunFolder
 from keelwright.weights.lock import LOCK_FILE, verify
@@ -47,11 +48,12 @@ def write_choice(
     known = run.recall(_NOTE)
     if known is not None and (job.out / LOCK_FILE).is_file():
         return dict(known)
-    written = _left_by_a_kill(job, chosen)
+    edit = candidate.build(chosen.coefficient)
+    written = _left_by_a_kill(job, chosen, coefficients_of(edit))
     if written is None:
         written = materialise_edit(
             find_method(chosen.method),
-            candidate.build(chosen.coefficient),
+            edit,
             sources,
             job.tuned.local or job.tuned.ref.live,
             Output(job.out, max_shard_bytes=int(job.config.max_shard_gb * 1e9)),
@@ -63,7 +65,7 @@ def write_choice(
     return written
 
 
-def _left_by_a_kill(job: Job, chosen: Trial) -> dict[str, Any] | None:
+def _left_by_a_kill(job: Job, chosen: Trial, coefficients: Mapping[str, float]) -> dict[str, Any] | None:
     """Return what stands in `job.out` when it is this choice, whole: the kill fell between writing and noting it.
 
     Anything else that stands there is left to the writer to refuse.
@@ -73,7 +75,6 @@ def _left_by_a_kill(job: Job, chosen: Trial) -> dict[str, Any] | None:
     lock = read_json(job.out / LOCK_FILE, str(job.out))
     found = {role: source.get("digest") for role, source in lock.get("sources", {}).items()}
     ours = {party.role: party.digest for party in job.parties if party.role in found}
-    coefficients = {"coefficient": chosen.coefficient}
     same = lock.get("method") == chosen.method and lock.get("coefficients") == coefficients
     if not same or not ours or any(found[role] != digest for role, digest in ours.items()):
         return None
@@ -82,7 +83,7 @@ def _left_by_a_kill(job: Job, chosen: Trial) -> dict[str, Any] | None:
         "schema": 1,
         "command": "repair",
         "method": chosen.method,
-        "coefficients": coefficients,
+        "coefficients": dict(coefficients),
         "out": str(job.out),
         "form": "adapter" if (Path(job.out) / ADAPTER_WEIGHTS).is_file() else "full",
         **{name: lock[name] for name in ("files", "tensors", "bytes")},

@@ -8,13 +8,20 @@ the weaker side when that trial already restores safety, on the stronger side wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from keelwright.core.protocols import SearchSpace
 
 RESOLUTION = 0.02
 """Two coefficients closer than this are not told apart: the lab's selection halves cannot."""
+
+_DECADES = 100.0
+"""A grid whose ends lie this many times apart is searched by ratios."""
+_CLOSE_RATIO = 1.2
+"""On such a grid, two values closer than this are not told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,44 +37,62 @@ class Tried:
     """How far the broken limits are missed, added up; 0 when admissible."""
 
 
-def next_coefficient(space: SearchSpace, tried: Sequence[Tried]) -> float | None:
+def next_coefficient(space: SearchSpace, tried: Sequence[Tried], *, out: Collection[float] = ()) -> float | None:
     """Return the coefficient to try next, or None when the search has nothing left to learn.
 
     Args:
         space: The method's neutral coefficient and grid.
         tried: All trials of this method so far, in any order.
+        out: Values at which the method could not be applied.
 
     Returns:
         A grid point that was not tried yet; then the middle of the gap beside the best trial; None when that gap is
         narrower than `RESOLUTION`.
     """
-    known = {trial.coefficient for trial in tried}
+    known = {trial.coefficient for trial in tried} | set(out)
     for point in space.grid:
         if point not in known:
             return point
+    found = _refinement(space, tried)
+    # Where the value between is known to fail there is no way of narrowing down further.
+    return None if found in known else found
+
+
+def _refinement(space: SearchSpace, tried: Sequence[Tried]) -> float | None:
+    middle = functools.partial(_middle, is_geometric=is_geometric(space))
     ordered = sorted(tried, key=lambda trial: abs(trial.coefficient - space.neutral))
     best = next((trial for trial in ordered if trial.is_best), None)
     if best is None:
-        return _between_least_broken(space, ordered)
+        return _between_least_broken(space, ordered, middle)
     place = ordered.index(best)
     if best.is_restored:
         weaker = ordered[place - 1].coefficient if place > 0 else space.neutral
-        return _middle(weaker, best.coefficient)
+        return middle(weaker, best.coefficient)
     stronger = ordered[place + 1 :]
-    return _middle(best.coefficient, stronger[0].coefficient) if stronger else None
+    return middle(best.coefficient, stronger[0].coefficient) if stronger else None
 
 
-def _between_least_broken(space: SearchSpace, ordered: Sequence[Tried]) -> float | None:
+def is_geometric(space: SearchSpace) -> bool:
+    """Whether the grid spans orders of magnitude, so that steps between its points are ratios."""
+    return min(space.grid, default=0.0) > 0.0 and max(space.grid) / min(space.grid) >= _DECADES
+
+
+def _between_least_broken(
+    space: SearchSpace, ordered: Sequence[Tried], middle: Callable[[float, float], float | None]
+) -> float | None:
     """Nothing is admissible: look between the trial that misses least and the better of its neighbours."""
     if not ordered:
         return None
     place = min(range(len(ordered)), key=lambda index: ordered[index].shortfall)
     beside = [ordered[index] for index in (place - 1, place + 1) if 0 <= index < len(ordered)]
     if not beside:
-        return _middle(space.neutral, ordered[place].coefficient)
+        return middle(space.neutral, ordered[place].coefficient)
     other = min(beside, key=lambda trial: trial.shortfall)
-    return _middle(other.coefficient, ordered[place].coefficient)
+    return middle(other.coefficient, ordered[place].coefficient)
 
 
-def _middle(one: float, other: float) -> float | None:
+def _middle(one: float, other: float, *, is_geometric: bool) -> float | None:
+    if is_geometric and min(one, other) > 0.0:
+        found = float(f"{math.sqrt(one * other):.3g}")
+        return None if max(one, other) / min(one, other) < _CLOSE_RATIO else found
     return None if abs(one - other) < 2 * RESOLUTION else round((one + other) / 2, 4)

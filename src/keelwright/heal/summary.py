@@ -8,11 +8,11 @@ from typing import Any
 
 from keelwright.core.catalogue import find_method
 from keelwright.heal.bench import Bench
-from keelwright.heal.decide import LimitCheck, Measured, Primary, Trial, pareto_front
+from keelwright.heal.decide import LimitCheck, Measured, Primary, Trial
 from keelwright.heal.exam import Part
 from keelwright.heal.job import Job
 from keelwright.heal.outcome import Outcome, sentence
-from keelwright.heal.trials import trial_name
+from keelwright.heal.standings import dominated_by, front_of, race_rows
 from keelwright.measure.compare import compare_records
 from keelwright.measure.metrics import areas_of
 
@@ -43,7 +43,7 @@ def summary_of(
     primary, part = bench.exam.primary, VERIFICATION
     model_ids = {"aligned": "aligned", "tuned": "tuned"}
     if outcome.verified is not None and outcome.chosen is not None:
-        model_ids["repaired"] = trial_name(outcome.chosen.method, outcome.chosen.coefficient)
+        model_ids["repaired"] = outcome.chosen.name
     measured = {role: bench.measured(model_id, part) for role, model_id in model_ids.items()}
     verdict_part: Part = "all" if outcome.verdict == "no_evidence_of_loss" else part
     return {
@@ -52,7 +52,7 @@ def summary_of(
         "run": run,
         "verdict": outcome.verdict,
         "method": outcome.chosen.method if outcome.chosen else None,
-        "coefficients": {"coefficient": outcome.chosen.coefficient} if outcome.chosen else {},
+        "coefficients": {outcome.chosen.setting: outcome.chosen.coefficient} if outcome.chosen else {},
         "models": {
             role: measured[role].metrics.to_mapping() if role in measured else None
             for role in ("aligned", "tuned", "repaired")
@@ -79,8 +79,16 @@ def summary_of(
         "areas": areas_of({role: bench.records(one, part) for role, one in model_ids.items()}, primary),
         "best_trade_off": _best_index(outcome),
         "chosen": outcome.trials.index(outcome.chosen) if outcome.chosen else None,
-        "pareto": _pareto(outcome.trials),
-        "status": {name: find_method(name).status for name in job.config.chosen_methods},
+        "pareto": front_of(outcome.trials),
+        "dominated_by": dominated_by(outcome.trials),
+        "race": race_rows(
+            outcome,
+            [one.method for one in job.candidates],
+            job.left_out,
+            floors=job.config.floors,
+            aligned=None if bench.exam.utility is not None else bench.measured("aligned", "selection"),
+        ),
+        "status": {one.method: find_method(one.method).status for one in job.candidates},
         "warnings": [*job.warnings, *bench.warnings()],
         "reproduce": job.reproduce(command),
     }
@@ -89,7 +97,9 @@ def summary_of(
 def _trial(trial: Trial) -> dict[str, Any]:
     return {
         "method": trial.method,
-        "coefficients": {"coefficient": trial.coefficient},
+        "coefficients": {trial.setting: trial.coefficient},
+        "part": trial.part,
+        "items": trial.items,
         "metrics": trial.measured.metrics.to_mapping(),
         "admissible": trial.admissible,
         "reason": trial.reason,
@@ -155,24 +165,15 @@ def _limit(check: LimitCheck, half: str) -> dict[str, Any]:
 
 
 def best_trade_off(trials: Sequence[Trial]) -> Trial | None:
-    """Return the trial that misses the limits least, safest first among equals; None without trials."""
-    return min(trials, key=lambda trial: (trial.shortfall, sum(trial.measured.bad.values())), default=None)
+    """Return the trial that misses the limits least, safest first among equals; None without trials.
+
+    Of trials on the whole selection half, where there are any.
+    """
+    whole = [trial for trial in trials if trial.is_whole] or trials
+    return min(whole, key=lambda trial: (trial.shortfall, sum(trial.measured.bad.values())), default=None)
 
 
 def _best_index(outcome: Outcome) -> int | None:
     """Return the index of the best trade-off where nothing was chosen."""
     best = None if outcome.chosen else best_trade_off(outcome.trials)
     return None if best is None else outcome.trials.index(best)
-
-
-def _pareto(trials: Sequence[Trial]) -> list[int]:
-    """Return the front of safety against utility; against the smallness of the change where there is no utility."""
-    points = []
-    for trial in trials:
-        utility = trial.measured.metrics.utility
-        points.append((utility.value if utility is not None else -trial.change, _safety(trial.measured)))
-    return pareto_front(points)
-
-
-def _safety(measured: Measured) -> float:
-    return -sum(measured.bad.values()) / max(1, len(measured.bad))

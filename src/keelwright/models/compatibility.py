@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from keelwright.core.digests import file_digest
@@ -126,6 +126,7 @@ def require_compatible(
     roles: tuple[str, str] = ("aligned", "tuned"),
     *,
     allow_template_change: bool = False,
+    same_vocabulary: bool = True,
 ) -> Compatibility:
     """Raise `ModelMismatchError` unless the second model can have come from the first by tuning.
 
@@ -134,6 +135,8 @@ def require_compatible(
         second: The model that came after.
         roles: What they are called in error texts.
         allow_template_change: Accept different chat templates.
+        same_vocabulary: Refuse different tokens and different rows for them; False where the vocabularies are fitted
+            to each other, which looks closer.
 
     Returns:
         What differs all the same: dtypes, and the template where that is allowed.
@@ -149,6 +152,8 @@ def require_compatible(
             found=f"{kind.second} in {names[1]}",
             fix="pass two models of which one was made from the other",
         )
+    if not same_vocabulary:
+        found = replace(found, shapes=(), tokens=(), tokenizer_rules=False)
     _require_same_tensors(found, pair, names, roles, second)
     if found.settings:
         raise ModelMismatchError(
@@ -192,7 +197,7 @@ def _require_same_tensors(
             f"{pair} have tensors of different shapes.",
             expected=f"{one.name} {one.first}, as in {names[0]}",
             found=f"{one.second} in {names[1]}" + _others(found.shapes),
-            fix="tokens were added while tuning: keep the vocabulary as it was"
+            fix="tokens were added while tuning: fit them with keelwright repair --vocabulary base, donor or union"
             if "embed" in one.name or "lm_head" in one.name
             else f"pass the model that '{second.ref.text}' was made from",
         )

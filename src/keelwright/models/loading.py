@@ -18,15 +18,18 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from keelwright.core.errors import ConfigError, DataError, ModelMismatchError, UnsafeInputError
 from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.checkpoint import Checkpoint
-from keelwright.models.configs import BAD_SETTINGS, bad_settings, require_language_model
+from keelwright.models.configs import BAD_SETTINGS, bad_settings, parse_config, require_language_model
+from keelwright.models.float8 import Float8Checkpoint, whole_state
 from keelwright.models.folders import INDEX, PICKLES, WEIGHTS, has_tokenizer, read_json, require_unquantised
 from keelwright.models.headers import FLOAT_DTYPES, tensor_bytes
 from keelwright.models.hub import commit_of
@@ -35,6 +38,7 @@ from keelwright.models.names import name_map
 from keelwright.models.refs import LocalModel, ModelRef, parse_ref, resolve
 from keelwright.models.sources import open_base, open_source, stored_dtype
 
+_GENERATION = "generation_config.json"
 _CHUNK = 1 << 20
 """Elements per read where an adapter is added into a module."""
 
@@ -90,9 +94,13 @@ def load(
     base = open_base(local)
     require_language_model(base.config_json(), base.describe())
     dtype = dtype or stored_dtype(base)
-    require_memory(_loaded_bytes(base, dtype), f"Loading '{ref.text}' as {dtype}", device=place)
+    is_float8 = isinstance(base, Float8Checkpoint)
+    # Dequantised weights are in memory before the module that they fill.
+    require_memory(
+        (2 if is_float8 else 1) * _loaded_bytes(base, dtype), f"Loading '{ref.text}' as {dtype}", device=place
+    )
     tokenizer = load_tokenizer(local)
-    module = _from_pretrained(local.folder, base.describe(), dtype)
+    module = _dequantised(base, dtype) if is_float8 else _from_pretrained(local.folder, base.describe(), dtype)
     if isinstance(source, AdaptedCheckpoint):
         module = _merge(module, source) if merge_adapters else _attach(module, local.adapter_folders)
     module.to(place).eval()
@@ -214,6 +222,33 @@ def _from_pretrained(folder: Path, text: str, dtype: torch.dtype, *, use_safeten
         raise bad_settings(text, error) from error
     _require_complete(report, type(module).__name__, text)
     return module
+
+
+def _dequantised(base: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a module filled with the weights that an F8 checkpoint stands for.
+
+    Left to itself transformers would choose by the machine: keep F8 on some GPUs, dequantise elsewhere, or want a
+    package that is not installed. A trial in memory must hold the bits that a repair would write.
+    """
+    text = base.describe()
+    config = parse_config(base.config_json(), text)
+    if config is None:
+        raise TypeError("the architecture is known: this was checked")
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config._name_or_path = str(base.folder)
+    try:
+        with without_messages():
+            module, report = (kind[0] if isinstance(kind, tuple) else kind).from_pretrained(
+                None, config=config, state_dict=whole_state(base, dtype), dtype=dtype, output_loading_info=True
+            )
+            if (base.folder / _GENERATION).is_file():
+                module.generation_config = GenerationConfig.from_pretrained(base.folder, local_files_only=True)
+    except BAD_SETTINGS as error:
+        raise bad_settings(text, error) from error
+    module.name_or_path = str(base.folder)
+    _require_complete(report, type(module).__name__, text)
+    loaded: PreTrainedModel = module
+    return loaded
 
 
 def _require_complete(report: Mapping[str, Any], architecture: str, text: str) -> None:

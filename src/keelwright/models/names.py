@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from keelwright.core.errors import ModelMismatchError
-from keelwright.core.protocols import TensorSource
+from keelwright.core.protocols import TensorEntry, TensorSource
 from keelwright.models.configs import parse_config
+from keelwright.models.stacks import EMBEDDING, HEAD, text_stack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def tied_tensors(config: Mapping[str, Any]) -> dict[str, str]:
+def tied_tensors(config: Mapping[str, Any], stored: Mapping[str, TensorEntry] | None = None) -> dict[str, str]:
     """Return the tensors that a checkpoint need not store, each with the one it is tied to.
 
     Args:
         config: `config.json`.
+        stored: The checkpoint's tensors. A vision-language model's have several spellings, so that its ties are only
+            told with them, and in their spelling.
 
     Returns:
         For example `{"lm_head.weight": "model.embed_tokens.weight"}`; empty where nothing is tied, or where the
@@ -28,15 +31,28 @@ def tied_tensors(config: Mapping[str, Any]) -> dict[str, str]:
     """
     if config.get("tie_word_embeddings") is False and not any(key.endswith("_config") for key in config):
         return {}  # said outright, and no part of the model can say otherwise
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     parsed = parse_config(config)
+    if parsed is not None and stored is not None and type(parsed) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return _tied_text_stack(parsed, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)], config, stored)
     if parsed is None or type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {}
     if not getattr(parsed.get_text_config(), "tie_word_embeddings", False):
         return {}
     pairs = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)], "_tied_weights_keys", None)
     return dict(pairs) if isinstance(pairs, Mapping) else {}
+
+
+def _tied_text_stack(
+    parsed: PreTrainedConfig, kind: type, config: Mapping[str, Any], stored: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    """Return the ties of a vision-language model in the spelling of its checkpoint; a head not stored is `lm_head`."""
+    # The class asks the outer settings; some files say it in those of the text stack alone.
+    if not parsed.tie_word_embeddings or not isinstance(getattr(kind, "_tied_weights_keys", None), Mapping):
+        return {}
+    stack = text_stack(stored, config)
+    return {stack.get(HEAD, HEAD): stack[EMBEDDING]} if EMBEDDING in stack else {}
 
 
 def require_untied(config: Mapping[str, Any], text: str, names: Iterable[str]) -> None:

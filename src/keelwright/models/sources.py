@@ -13,7 +13,6 @@ from keelwright.models.checkpoint import Checkpoint
 from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.float8 import open_checkpoint
 from keelwright.models.headers import FLOAT_DTYPES, tensor_bytes
-from keelwright.models.names import require_untied
 from keelwright.models.refs import LocalModel, ModelRef, resolve
 
 _CHUNK = 1 << 20
@@ -37,8 +36,6 @@ def open_source(model: ModelRef | LocalModel, *, offline: bool = False) -> Check
     if not local.adapter_folders:
         return base
     adapters = [read_adapter(*pair) for pair in zip(local.adapter_folders, local.ref.adapters, strict=True)]
-    for adapter in adapters:
-        require_untied(base.config_json(), adapter.text, (*adapter.factors, *adapter.full_tensors))
     return AdaptedCheckpoint(base, adapters=adapters, text=local.ref.text)
 
 

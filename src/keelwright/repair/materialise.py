@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,13 +18,17 @@ from keelwright.core.protocols import Progress, Reach, Silent, TensorSource, Wei
 from keelwright.models.compatibility import require_compatible
 from keelwright.models.refs import LocalModel, ModelRef, parse_ref, resolve
 from keelwright.models.sources import open_source
+from keelwright.repair.arrange import arrange, same_architecture
 from keelwright.repair.build import build_edit, coefficients_of, settings_of, tuned_role
+from keelwright.repair.format import Format
 from keelwright.repair.prepare import Learning, forget_learning, prepared_edits, require_rows
-from keelwright.weights.adapter import adapter_terms, write_adapter
+from keelwright.repair.tokens import Tokens, fit_tokens, tokens_refused
+from keelwright.weights.adapter import Term, adapter_terms, write_adapter
 from keelwright.weights.card import CardResults, Provenance
 from keelwright.weights.edit import TUNED
 from keelwright.weights.live import LiveSource
 from keelwright.weights.plan import MAX_SHARD_BYTES, Plan, plan_edit
+from keelwright.weights.requantise import plan_requantised
 from keelwright.weights.sources import relative_distance
 from keelwright.weights.stream import copied_role, effective_reach
 from keelwright.weights.write import Effort, Manifest, materialise_sweep
@@ -56,6 +60,8 @@ class Output:
     dtype: str | None = None
     """Dtype of the output's weights as safetensors spells it; None: the tuned model's."""
     effort: Effort = field(default_factory=Effort)
+    format: Format = field(default_factory=Format)
+    """Tokens, rounding, F8, a lower rank."""
 
 
 def repair(
@@ -75,6 +81,7 @@ def repair(
     force: bool = False,
     output_form: OutputForm = "auto",
     out_dtype: str | None = None,
+    output_format: Format | None = None,
     allow_template_change: bool = False,
     explain: bool = False,
     device: str = "auto",
@@ -99,6 +106,7 @@ def repair(
         force: Go on although the models look unrelated.
         output_form: `full`, `adapter`, or `auto`: an adapter when the tuned model is one and the edit allows it.
         out_dtype: BF16, F16, F32 or F64; None keeps the tuned model's dtypes.
+        output_format: Whose tokens the output has, how it is rounded, F8, a lower rank; None changes nothing.
         allow_template_change: Accept different chat templates.
         explain: Write nothing and return the plan.
         device, seed: For methods that learn first; the seed also for methods that draw random masks.
@@ -118,32 +126,48 @@ def repair(
     if out is None and not explain:
         raise ConfigError("There is no place for the output.", expected="out", found="nothing", fix="pass out")
     line = find_method(method, room="repair")
-    several: list[Any] = list(tuned) if isinstance(tuned, (list, tuple)) else [tuned]
-    given: dict[str, Any] = {"aligned": aligned, "unaligned": unaligned, "base": base, "reference": reference}
-    given.update({tuned_role(number): model for number, model in enumerate(several, start=1)})
-    given = {role: model for role, model in given.items() if model is not None}
+    given = _by_role(tuned, aligned=aligned, unaligned=unaligned, base=base, reference=reference)
     target = Output(
         Path(out or "out"),
         output_form,
         MAX_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes,
         out_dtype,
         effort or Effort(),
+        output_format or Format(),
     )
     learning = Learning({name: Path(path) for name, path in (rows or {}).items()}, device, offline, seed)
     edits = _edits(line, coefficient, settings or {}, given, seed=seed)
     require_rows(line, edits[0], learning.files)
+    target.format.require_possible(outputs=len(edits), dtype=out_dtype)
     if not explain:
         require_new_folder(target.out, flag="--out")
     refs = {role: parse_ref(model) for role, model in given.items()}
     _require_roles(line, edits[0], refs)
     locals_ = {role: None if ref.live is not None else resolve(ref, offline=offline) for role, ref in refs.items()}
-    _require_compatible(locals_, allow_template_change=allow_template_change)
+    if same_architecture(edits[0]):
+        _require_compatible(
+            locals_,
+            edits[0].roles()[-1],
+            allow_template_change=allow_template_change,
+            same_vocabulary=target.format.vocabulary == "strict",
+        )
     sources = {role: _source(refs[role], local) for role, local in locals_.items()}
-    if not force:
-        _require_related(sources)
-    if explain:
-        return {"schema": 1, "command": "repair", "method": line.name, "plan": _plan_rows(line, edits[0], sources)}
-    return _write(line, edits, refs, locals_, sources, target, learning, progress or Silent())
+    edits, sources = arrange(edits, sources, refs, locals_, progress=progress)
+    with tempfile.TemporaryDirectory(prefix="keelwright-") as place:
+        tokens = _tokens(line, edits[0], sources, refs, locals_, target.format, Path(place))
+        if not force:
+            _require_related(tokens.sources, edits[0].roles()[-1])
+        if explain:
+            plan = _plan_rows(line, edits[0], tokens)
+            return {"schema": 1, "command": "repair", "method": line.name, "plan": plan}
+        return _write(line, edits, refs, locals_, tokens, target, learning, progress or Silent())
+
+
+def _by_role(tuned: Any, **others: Any) -> dict[str, Any]:
+    """Return the models that were given, by role."""
+    several: list[Any] = list(tuned) if isinstance(tuned, (list, tuple)) else [tuned]
+    given = {**others, **{tuned_role(number): model for number, model in enumerate(several, start=1)}}
+    return {role: model for role, model in given.items() if model is not None}
 
 
 def _edits(
@@ -162,7 +186,8 @@ def _edits(
         build_edit(
             line,
             plain if value is None else {**plain, "coefficient": float(value)},
-            models=sum(role.startswith(TUNED) for role in given),
+            # Without any, `_require_roles` says which is missing: some settings need none.
+            models=max(1, sum(role.startswith(TUNED) for role in given)),
             roles=given,
         )
         for value in values
@@ -174,19 +199,24 @@ def _write(
     edits: Sequence[WeightEdit],
     refs: Mapping[str, ModelRef],
     locals_: Mapping[str, LocalModel | None],
-    sources: Mapping[str, TensorSource],
+    tokens: Tokens,
     target: Output,
     learning: Learning,
     progress: Progress,
 ) -> dict[str, Any]:
+    sources = tokens.sources
     edits = prepared_edits(edits, sources, refs, learning, out=target.out, progress=progress)
     folders = {role: local.folder for role, local in locals_.items() if local is not None}
     layout = edits[0].roles()[-1]
     owner = locals_[layout] or refs[layout].live
     if len(edits) == 1:
-        result = materialise_edit(line, edits[0], sources, owner, target, folders=folders, progress=progress)
+        result = materialise_edit(
+            line, edits[0], sources, owner, target, tokens=tokens, folders=folders, progress=progress
+        )
     else:
-        result = _materialise_several(line, edits, sources, owner, target, folders=folders, progress=progress)
+        result = _materialise_several(
+            line, edits, sources, owner, target, tokens=tokens, folders=folders, progress=progress
+        )
     forget_learning(target.out)
     return result
 
@@ -199,6 +229,7 @@ def materialise_edit(
     output: Output,
     *,
     results: CardResults | None = None,
+    tokens: Tokens | None = None,
     folders: Mapping[str, Path] | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -211,6 +242,7 @@ def materialise_edit(
         tuned: The tuned model's files, or the live model: where config and tokenizer come from.
         output: Where and how.
         results: Safety figures for the model card; None where nothing was measured.
+        tokens: What changes with the tokens, where vocabularies were fitted.
         folders: By role: the folder whose card names a licence. Models in memory have none.
         progress: Told about every tensor.
     """
@@ -218,9 +250,10 @@ def materialise_edit(
     adapter = _adapter_form(line, edit, sources, tuned, output)
     if adapter is not None:
         terms, like = adapter
-        manifest = write_adapter(edit, sources, terms, output.out, like=like, provenance=provenance)
+        manifest = _write_adapter(edit, sources, terms, output.out, like, provenance, output.format)
     else:
-        (manifest,) = _write_full([edit], sources, tuned, output, [output.out], [provenance], progress)
+        tokens = tokens or Tokens(sources)
+        (manifest,) = _write_full([edit], tokens, tuned, output, [output.out], [provenance], progress)
     return {
         "schema": 1,
         "command": "repair",
@@ -230,8 +263,9 @@ def materialise_edit(
     }
 
 
-def _plan_rows(line: MethodLine, edit: WeightEdit, sources: Mapping[str, TensorSource]) -> list[list[str]]:
+def _plan_rows(line: MethodLine, edit: WeightEdit, tokens: Tokens) -> list[list[str]]:
     """Return what becomes of every group of tensors, from headers alone."""
+    sources = tokens.sources
     entries = sources[edit.roles()[-1]].entries().values()
     groups: dict[tuple[str, str], int] = {}
     for entry in entries:
@@ -241,7 +275,7 @@ def _plan_rows(line: MethodLine, edit: WeightEdit, sources: Mapping[str, TensorS
         groups[name, f"{what}, reads {', '.join(edit.reads(entry.name))}"] = groups.get((name, what), 0) + 1
     settings = ", ".join(f"{name} {value}" for name, value in settings_of(edit).items())
     head = [["method", f"{line.name}: {settings}"], *([role, source.describe()] for role, source in sources.items())]
-    return [*head, *([name, what] for name, what in groups)]
+    return [*head, *([name, what] for name, what in groups), *(["note", note] for note in tokens.notes)]
 
 
 def _materialise_several(
@@ -251,6 +285,7 @@ def _materialise_several(
     tuned: LocalModel | LoadedModel | None,
     output: Output,
     *,
+    tokens: Tokens,
     folders: Mapping[str, Path],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -268,13 +303,13 @@ def _materialise_several(
     forms = [_adapter_form(line, edit, sources, tuned, output) for edit in edits]
     if all(form is not None for form in forms):
         manifests = [
-            write_adapter(edit, sources, form[0], place, like=form[1], provenance=one)
+            _write_adapter(edit, sources, form[0], place, form[1], one, output.format)
             for edit, form, place, one in zip(edits, forms, outs, provenances, strict=True)
             if form is not None
         ]
         form_name = "adapter"
     else:
-        manifests = _write_full(edits, sources, tuned, output, outs, provenances, progress)
+        manifests = _write_full(edits, tokens, tuned, output, outs, provenances, progress)
         form_name = "full"
     rows = [
         {"coefficients": coefficients_of(edit), **_written(manifest, form_name)}
@@ -311,31 +346,50 @@ def _written(manifest: Manifest, form: str) -> dict[str, Any]:
     }
 
 
+def _write_adapter(
+    edit: WeightEdit,
+    sources: Mapping[str, TensorSource],
+    terms: list[Term],
+    out: Path,
+    like: Path,
+    provenance: Provenance,
+    wanted: Format,
+) -> Manifest:
+    return write_adapter(
+        edit, sources, terms, out, like=like, provenance=provenance, rank=wanted.rank, energy=wanted.energy
+    )
+
+
 def _adapter_form(
     line: MethodLine,
     edit: WeightEdit,
     sources: Mapping[str, TensorSource],
     tuned: LocalModel | LoadedModel | None,
     output: Output,
-) -> tuple[list[Any], Path] | None:
+) -> tuple[list[Term], Path] | None:
     """Return the adapters of the sum and the folder whose settings are kept; None where a full model is written."""
-    terms = adapter_terms(edit, sources) if output.form != "full" else None
+    wanted = output.format
+    terms = adapter_terms(edit, sources) if output.form != "full" and not wanted.needs_full else None
     like = tuned.adapter_folders[-1] if isinstance(tuned, LocalModel) and len(tuned.adapter_folders) == 1 else None
     if terms is not None and like is not None and output.dtype is None:
         return terms, like
-    if output.form == "adapter":
+    if output.form == "adapter" or wanted.is_truncated:
+        models = ", ".join(f"{role}: {source.describe()}" for role, source in sources.items())
+        full = "an output that is written in full" if output.form == "full" or wanted.needs_full else None
         raise ConfigError(
             f"'{line.name}' on these models is no adapter.",
             expected="a tuned model that is one adapter on the aligned model, and adapters or the base for the rest",
-            found=", ".join(f"{role}: {source.describe()}" for role, source in sources.items()),
-            fix="leave the output form to auto, or ask for full",
+            found=full or (f"{models}; dtype {output.dtype}" if output.dtype else models),
+            fix="leave out --rank and --energy, which are for adapters"
+            if wanted.is_truncated
+            else "leave the output form to auto, or ask for full",
         )
     return None
 
 
 def _write_full(
     edits: Sequence[WeightEdit],
-    sources: Mapping[str, TensorSource],
+    tokens: Tokens,
     tuned: LocalModel | LoadedModel | None,
     output: Output,
     outs: Sequence[Path],
@@ -345,16 +399,7 @@ def _write_full(
     plans: list[Plan] = []
     for edit, out in zip(edits, outs, strict=True):
         digests = plans[0].source_digests if plans else None
-        plans.append(
-            plan_edit(
-                edit,
-                sources,
-                max_shard_bytes=output.max_shard_bytes,
-                out=out,
-                out_dtype=output.dtype,
-                digests=digests,
-            )
-        )
+        plans.append(_plan(edit, tokens, output, out, digests, progress))
     rows = plans[0].describe()
     if len(plans) > 1:
         rows.append(("outputs", f"{len(plans)}, from one reading of the models"))
@@ -364,11 +409,62 @@ def _write_full(
             plans,
             outs,
             companions_from=model_folder,
-            tokenizer_from=tokenizer_folder,
+            tokenizer_from=tokens.tokenizer or tokenizer_folder,
             provenances=provenances,
             progress=progress,
             effort=output.effort,
         )
+
+
+def _plan(
+    edit: WeightEdit,
+    tokens: Tokens,
+    output: Output,
+    out: Path,
+    digests: Mapping[str, str] | None,
+    progress: Progress,
+) -> Plan:
+    """Return the plan of one full output."""
+    common: dict[str, Any] = {
+        "max_shard_bytes": output.max_shard_bytes,
+        "out": out,
+        "digests": digests,
+        "config_changes": {**(getattr(edit, "config_changes", None) or {}), **tokens.config_changes},
+    }
+    if output.format.requantize:
+        plan = plan_requantised(edit, tokens.sources, **common, progress=progress)
+    else:
+        seed = output.format.seed
+        plan = plan_edit(edit, tokens.sources, **common, out_dtype=output.dtype, rounding_seed=seed)
+    return replace(plan, generation_changes=tokens.generation_changes, notes=(*plan.notes, *tokens.notes))
+
+
+def _tokens(
+    line: MethodLine,
+    edit: WeightEdit,
+    sources: Mapping[str, TensorSource],
+    refs: Mapping[str, ModelRef],
+    locals_: Mapping[str, LocalModel | None],
+    wanted: Format,
+    place: Path,
+) -> Tokens:
+    """Return the models as the output's tokens want them: as they are, unless something else is asked for."""
+    if not wanted.fits_tokens:
+        return Tokens(sources)
+    if not same_architecture(edit):
+        raise tokens_refused(line.name, "a method that fits the tokens of its models itself")
+    if hasattr(edit, "prepare"):
+        raise tokens_refused(line.name, "a method that learns on the tuned model as it is")
+    layout = edit.roles()[-1]
+    return fit_tokens(
+        sources,
+        {role: locals_[role] or refs[role].live for role in sources},
+        place,
+        policy=wanted.vocabulary,
+        layout_role=layout,
+        base_role="aligned" if "aligned" in sources else layout,
+        pad_to_multiple_of=wanted.pad_to_multiple_of,
+    )
 
 
 @contextmanager
@@ -387,14 +483,16 @@ def _companions(tuned: LocalModel | LoadedModel | None) -> Iterator[tuple[Path, 
         yield Path(place), Path(place)
 
 
-def _require_compatible(locals_: Mapping[str, LocalModel | None], *, allow_template_change: bool) -> None:
-    tuned = locals_.get(TUNED)
+def _require_compatible(
+    locals_: Mapping[str, LocalModel | None], layout: str, *, allow_template_change: bool, same_vocabulary: bool
+) -> None:
+    last = locals_[layout]
     for role, local in locals_.items():
-        if role == TUNED or local is None or tuned is None:
+        if role == layout or local is None or last is None:
             continue
         # A model from before alignment has no chat template to agree with.
         allowed = allow_template_change or role == "base"
-        require_compatible(local, tuned, (role, TUNED), allow_template_change=allowed)
+        require_compatible(local, last, (role, layout), allow_template_change=allowed, same_vocabulary=same_vocabulary)
 
 
 def _source(ref: ModelRef, local: LocalModel | None) -> TensorSource:
@@ -424,16 +522,16 @@ def _require_roles(line: MethodLine, edit: WeightEdit, refs: Mapping[str, ModelR
         )
 
 
-def _require_related(sources: Mapping[str, TensorSource]) -> None:
+def _require_related(sources: Mapping[str, TensorSource], layout: str) -> None:
     for role, source in sources.items():
         # Alignment itself may move a model from before it that far.
-        if role in (TUNED, "base") or TUNED not in sources:
+        if role in (layout, "base"):
             continue
-        distance = relative_distance(source, sources[TUNED])
+        distance = relative_distance(source, sources[layout])
         if distance > UNRELATED_ABOVE:
             raise ModelMismatchError(
-                f"'{role}' and 'tuned' do not look like parent and child.",
+                f"'{role}' and '{layout}' do not look like parent and child.",
                 expected=f"weights within {UNRELATED_ABOVE:g} of each other, relative to their size",
-                found=f"{distance:.2f} (sampled) between {source.describe()} and {sources['tuned'].describe()}",
+                found=f"{distance:.2f} (sampled) between {source.describe()} and {sources[layout].describe()}",
                 fix="pass the model that was tuned, not another of its family; --force goes on all the same",
             )

@@ -21,7 +21,7 @@ from keelwright.report.text import Unit, interval, metric_title, number, percent
 
 def method_shapes(reading: Reading) -> dict[str, str]:
     """Return the mark of each method, in the order in which methods were tried."""
-    methods = list(dict.fromkeys(trial.method for trial in reading.trials))
+    methods = list(dict.fromkeys(trial.method for trial in reading.whole_trials))
     return {method: SHAPES[index % len(SHAPES)] for index, method in enumerate(methods)}
 
 

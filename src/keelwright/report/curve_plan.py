@@ -126,7 +126,7 @@ def _role_points(reading: Reading) -> list[Point]:
 def _trial_points(reading: Reading) -> list[Point]:
     x_metric = x_metric_of(reading)
     points = []
-    for trial in reading.trials:
+    for trial in reading.whole_trials:
         y = trial.metrics.get(reading.primary)
         x = trial.metrics.get("utility")
         if x_metric == "change":

@@ -34,6 +34,12 @@ class Trial:
     reason: str
     is_chosen: bool
     is_on_front: bool
+    is_whole: bool = True
+    """Whether it rests on the whole selection half; if not, it is compared with no other."""
+    items: int | None = None
+    """How many items it rests on, where that was recorded."""
+    dominated_by: str = ""
+    """A trial of the front that is better in one respect and no worse in the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,11 @@ class Reading:
     def chosen(self) -> Trial | None:
         """The trial that was chosen, verified or not."""
         return next((trial for trial in self.trials if trial.is_chosen), None)
+
+    @property
+    def whole_trials(self) -> tuple[Trial, ...]:
+        """The trials that may be compared: those on the whole selection half."""
+        return tuple(trial for trial in self.trials if trial.is_whole)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -102,10 +113,13 @@ def read_summary(summary: Mapping[str, Any]) -> Reading:
     models = {role: read_metrics(summary["models"].get(role)) for role in ROLES}
     front = set(summary.get("pareto") or ())
     chosen = summary.get("chosen")
+    rows = summary.get("trials") or ()
+    names = [trial_name(str(row["method"]), row.get("coefficients") or {}) for row in rows]
+    beaten = summary.get("dominated_by") or [None] * len(rows)
     trials = tuple(
         Trial(
             index=index,
-            name=trial_name(str(row["method"]), row.get("coefficients") or {}),
+            name=names[index],
             method=str(row["method"]),
             coefficients=row.get("coefficients") or {},
             metrics=read_metrics(row.get("metrics")) or {},
@@ -114,8 +128,11 @@ def read_summary(summary: Mapping[str, Any]) -> Reading:
             reason=str(row.get("reason") or ""),
             is_chosen=index == chosen,
             is_on_front=index in front,
+            is_whole=row.get("part", "selection") == "selection",
+            items=row.get("items"),
+            dominated_by="" if beaten[index] is None else names[beaten[index]],
         )
-        for index, row in enumerate(summary.get("trials") or ())
+        for index, row in enumerate(rows)
     )
     return Reading(summary, str(summary.get("primary") or "harm_rate"), models, trials)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-SHAPES = ("circle", "square", "triangle", "diamond", "hexagon", "down")
+SHAPES = ("circle", "square", "triangle", "diamond", "hexagon", "down", "cross", "star", "right", "left", "saltire")
 """One per method, in the order in which methods appear."""
 
 
@@ -79,6 +79,12 @@ def marker(shape: str, x: float, y: float, radius: float, class_: str) -> Markup
     """Return a small mark of one of `SHAPES` centred at (x, y), of about equal area for every shape."""
     if shape == "circle":
         return element("circle", cx=x, cy=y, r=radius, class_=class_)
+    if shape in _RAYS:
+        return element("polygon", points=_rays(shape, x, y, radius), class_=class_)
+    if shape in _TURNS:
+        turned = [(x + 1.35 * radius * dx, y + 1.35 * radius * dy) for dx, dy in _TURNS[shape]]
+        points_ = " ".join(f"{_coordinate(one)},{_coordinate(two)}" for one, two in turned)
+        return element("polygon", points=points_, class_=class_)
     corners, turn, scale = {
         "square": (4, 0.25, 1.2),
         "triangle": (3, 0.0, 1.35),
@@ -93,6 +99,24 @@ def marker(shape: str, x: float, y: float, radius: float, class_: str) -> Markup
             f"{_coordinate(x + scale * radius * math.cos(angle))},{_coordinate(y + scale * radius * math.sin(angle))}"
         )
     return element("polygon", points=" ".join(points), class_=class_)
+
+
+_TURNS = {"right": ((1.0, 0.0), (-0.5, -0.866), (-0.5, 0.866)), "left": ((-1.0, 0.0), (0.5, -0.866), (0.5, 0.866))}
+_RAYS = {"star": (5, 0.0), "cross": (4, 0.0), "saltire": (4, 0.5)}
+"""Number of points, and by how much of the step between two they are turned."""
+
+
+def _rays(shape: str, x: float, y: float, radius: float) -> str:
+    """Return the outline of a star, or of a cross with arms as wide as the mark's lines can show."""
+    rays, turn = _RAYS[shape]
+    outline = []
+    for ray in range(rays):
+        middle = 2 * math.pi * (ray + turn) / rays - math.pi / 2
+        # A star's ray ends in a point, a cross's arm in an edge.
+        tips = ((0.0, 1.5),) if shape == "star" else ((-0.33, 1.4), (0.33, 1.4))
+        outline += [(middle + angle, reach) for angle, reach in (*tips, (math.pi / rays, 0.65))]
+    corners = ((x + radius * reach * math.cos(angle), y + radius * reach * math.sin(angle)) for angle, reach in outline)
+    return " ".join(f"{_coordinate(one)},{_coordinate(two)}" for one, two in corners)
 
 
 def role_disc(role: str, title: str, x: float, y: float, radius: float) -> Markup:

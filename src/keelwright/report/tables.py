@@ -179,7 +179,63 @@ def trials_table(reading: Reading) -> Table:
 
 def _trial_notes(trial: Trial) -> str:
     notes = [note for note, holds in (("chosen", trial.is_chosen), ("on the front", trial.is_on_front)) if holds]
+    if not trial.is_whole:
+        notes.append("first rounds only" if trial.items is None else f"first rounds only, {trial.items:,} items")
+    if trial.dominated_by:
+        notes.append(f"dominated by {trial.dominated_by}")
     return ", ".join(notes)
+
+
+_ENDED: Mapping[str, tuple[str, Tone]] = {
+    "chosen": ("chosen", "good"),
+    "finalist": ("in the last round", ""),
+    "left_behind": ("left behind", "muted"),
+    "failed": ("failed", "bad"),
+    "left_out": ("left out", "muted"),
+}
+
+
+def race_table(reading: Reading) -> Table | None:
+    """Return what became of every method, or None where all of them were searched to the end."""
+    rows = reading.summary.get("race") or ()
+    if all(row["ended"] in ("chosen", "finalist") for row in rows):
+        return None
+    body = [_race_row(reading, row) for row in rows if row["ended"] != "left_out"]
+    unable: dict[str, list[str]] = {}
+    for row in rows:
+        if row["ended"] == "left_out":
+            unable.setdefault(str(row.get("text") or ""), []).append(str(row["method"]))
+    rest = (Cell(""), *(Cell("") for _ in axes_of(reading)))
+    for reason, names in unable.items():
+        title = names[0] if len(names) == 1 else f"{len(names)} methods"
+        body.append((Cell(title), Cell("left out", f"{', '.join(names)}: {reason}", "muted"), *rest))
+    columns = (
+        Column("Method"),
+        Column("How far it came"),
+        Column("Its best trial"),
+        *(Column(metric_title(name), True) for name in axes_of(reading)),
+    )
+    return Table("race", "Every method, and how far it came", columns, tuple(body))
+
+
+def _race_row(reading: Reading, row: Mapping[str, Any]) -> tuple[Cell, ...]:
+    name, detail = str(row["method"]), str(row.get("text") or "")
+    ended, tone = _ENDED.get(str(row["ended"]), (words(str(row["ended"])), ""))
+    if row["ended"] == "left_behind":
+        part = {"quarter": "a quarter", "half": "half"}.get(str(row["round"]), str(row["round"]))
+        detail = f"after the round on {part} of the selection half" + (f"; {detail}" if detail else "")
+    best = reading.trials[row["best"]] if row.get("best") is not None else None
+    figures = [Cell("") if best is None else _counted_cell(reading, best, metric) for metric in axes_of(reading)]
+    status = str((reading.summary.get("status") or {}).get(name, ""))
+    return (Cell(name, status), Cell(ended, detail, tone), Cell(best.name if best else ""), *figures)
+
+
+def _counted_cell(reading: Reading, trial: Trial, metric: str) -> Cell:
+    """Return a value with the count that it rests on, which differs between rounds."""
+    estimate = trial.metrics.get(metric)
+    if estimate is None:
+        return Cell(NOT_MEASURED, tone="muted")
+    return Cell(quantity(estimate.value, reading.unit(metric)), f"n\u00a0=\u00a0{estimate.n:,}")
 
 
 def _common_count(reading: Reading, metric: str) -> str:
@@ -237,7 +293,7 @@ def points_table(reading: Reading) -> Table:
     for role in reading.roles:
         values = (estimate_cell(reading.estimate(role, name), reading.unit(name)) for name in axes_of(reading))
         rows.append((Cell(reading.role_title(role), "verification half"), *values, Cell("")))
-    for trial in reading.trials:
+    for trial in reading.whole_trials:
         values = (estimate_cell(trial.metrics.get(name), reading.unit(name)) for name in axes_of(reading))
         front = "yes" if trial.is_on_front else "no"
         rows.append((Cell(trial.name, "selection half"), *values, Cell(front)))

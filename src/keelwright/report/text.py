@@ -133,8 +133,8 @@ def duration(seconds: float) -> str:
 
 
 def trial_name(method: str, coefficients: Mapping[str, Any]) -> str:
-    """Return a short name for a trial: `linear 0.4`, or every coefficient by name when there are several."""
-    if len(coefficients) == 1:
+    """Return a short name for a trial: `linear 0.4`, or the settings by name where they are others."""
+    if list(coefficients) == ["coefficient"]:
         return f"{method} {plain(next(iter(coefficients.values())))}"
     return f"{method} {plain(coefficients)}" if coefficients else method
 

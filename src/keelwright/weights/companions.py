@@ -16,11 +16,16 @@ from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.folders import TOKENIZER_FILES, read_json
 from keelwright.models.headers import FLOAT_DTYPES
 
-_MODEL_FILES = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_GENERATION = "generation_config.json"
+_MODEL_FILES = (_GENERATION, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def copy_companions(
-    model_folder: Path, tokenizer_folder: Path, out: Path, config_changes: Mapping[str, Any]
+    model_folder: Path,
+    tokenizer_folder: Path,
+    out: Path,
+    config_changes: Mapping[str, Any],
+    generation_changes: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Copy what a loader needs beside the weights; code files and anything not listed here stay behind.
 
@@ -31,6 +36,8 @@ def copy_companions(
         config_changes: Keys of `config.json` that differ in the output; None removes a key, but for the dtype, where it
             says that there is nothing to say. What the model's own config says about quantisation is never copied:
             an output that is quantised says so here.
+        generation_changes: Keys of `generation_config.json`, where there is one, that differ in the output; None
+            removes a key.
 
     Returns:
         SHA-256 by file name.
@@ -39,7 +46,10 @@ def copy_companions(
     for folder, patterns in ((model_folder, _MODEL_FILES), (tokenizer_folder, TOKENIZER_FILES)):
         for path in _matches(folder, patterns):
             name = path.relative_to(folder).as_posix()
-            files[name] = _write(out / name, path.read_bytes())
+            content = path.read_bytes()
+            if name == _GENERATION and generation_changes:
+                content = _changed(read_json(path, str(folder)), generation_changes)
+            files[name] = _write(out / name, content)
     return files
 
 
@@ -80,7 +90,15 @@ def _config(folder: Path, changes: Mapping[str, Any]) -> bytes:
             config.pop("dtype", None)
             continue
         config[key] = value
-    return (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    return _as_json(config)
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
+    return _as_json({key: value for key, value in {**settings, **changes}.items() if value is not None})
+
+
+def _as_json(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> str:

@@ -96,7 +96,8 @@ def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
     if not partial.exists():
         try:
             with storage_errors(partial):
-                partial.mkdir(parents=True)
+                # Another process may make it at the same moment.
+                partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
                 f"The folder '{partial}' cannot be made.",
@@ -104,13 +105,15 @@ def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
                 found=os.strerror(error.errno or 0),
                 fix="choose another output folder",
             ) from error
-        write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
-        return partial
     found = _begun_digest(partial)
+    if found is None and partial.is_dir():
+        with sole_writer(partial):
+            # Another process may have said it in the meantime, or be at work.
+            found = _begun_digest(partial)
+            if found is None and not any(partial.iterdir()):
+                write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
+                found = digest
     if found == digest:
-        return partial
-    if found is None and partial.is_dir() and not any(partial.iterdir()):
-        write_atomic(partial / PLAN_FILE, json.dumps({"digest": digest, **summary}, indent=2) + "\n")
         return partial
     raise StorageError(
         f"'{partial}' holds an unfinished output of another plan.",
@@ -124,29 +127,61 @@ def begin(out: Path, *, digest: str, summary: dict[str, Any]) -> Path:
 def sole_writer(partial: Path) -> Iterator[None]:
     """Hold the partial folder for this process; the hold ends with the process, however it ends.
 
+    What a killed process left of a small file that it was writing is removed.
+
     Raises:
-        StorageError: Another process is writing there.
+        StorageError: Another process is writing there, or has just ended what was to be written.
     """
     if "fcntl" not in globals():
         yield
         return
-    handle = os.open(partial / PLAN_FILE, os.O_RDONLY)
+    # The folder itself: files in it are replaced, and a lock on one that was replaced excludes nobody.
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"Another process is writing '{partial}'.",
-                expected="one writer for an output",
-                found="a second one at work",
-                fix="wait until it is done, or write to another folder",
-            ) from error
-        except OSError:
-            # A file system without locks; most have them.
-            pass
+        handle = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise _ended(partial) from error
+    try:
+        if _locked(handle, partial):
+            if not _leads_to(handle, partial):
+                raise _ended(partial)
+            for left in partial.glob(".*.part"):
+                with storage_errors(partial):
+                    left.unlink()
         yield
     finally:
         os.close(handle)
+
+
+def _locked(handle: int, partial: Path) -> bool:
+    """Take the lock; return False on a file system without locks. Most have them."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StorageError(
+            f"Another process is writing '{partial}'.",
+            expected="one writer for an output",
+            found="a second one at work",
+            fix="wait until it is done, or write to another folder",
+        ) from error
+    except OSError:
+        return False
+    return True
+
+
+def _leads_to(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _ended(partial: Path) -> StorageError:
+    return StorageError(
+        f"'{partial}' was finished or removed by another process.",
+        expected="one writer for an output",
+        found="no such folder any more",
+        fix="look whether the output is there; if it is not, run the same command again",
+    )
 
 
 def partial_folder(out: Path) -> Path:

@@ -27,6 +27,7 @@ def lock_text(
     plan_digest: str,
     files: Mapping[str, str],
     facts: Mapping[str, Any],
+    rounding: str = ROUNDING,
 ) -> str:
     """Return the text of the lock file.
 
@@ -36,6 +37,7 @@ def lock_text(
         plan_digest: Digest of edit, settings, layout and inputs.
         files: SHA-256 by file name.
         facts: Tensors, bytes, seconds, notes.
+        rounding: How values were rounded.
     """
     packages = ("torch", "safetensors", "transformers", "peft")
     document = {
@@ -45,7 +47,7 @@ def lock_text(
         "coefficients": dict(provenance.coefficients),
         "settings": dict(provenance.settings),
         "seed": provenance.seed,
-        "rounding": ROUNDING,
+        "rounding": rounding,
         "sources": {role: dict(source) for role, source in sources.items()},
         "plan": plan_digest,
         "versions": {

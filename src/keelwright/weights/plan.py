@@ -71,10 +71,16 @@ class Plan:
     source_digests: Mapping[str, str]
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `config.json` that the output must state differently from the tuned model."""
+    generation_changes: Mapping[str, Any] = field(default_factory=dict)
+    """The same of `generation_config.json`."""
     notes: tuple[str, ...] = ()
     """What a person should know, one line each."""
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Size and time of change of every input file, as they were before the digests were taken."""
+    rounding_seed: int | None = None
+    """Seed of rounding by chance; None: to nearest."""
+    made: frozenset[str] = frozenset()
+    """Roles of sources that are no model of the user's: the plan made them itself."""
 
     @property
     def layout_role(self) -> str:
@@ -95,7 +101,7 @@ class Plan:
         """Return rows of label and text for a person, before anything is done."""
         copied = sum(one.reach is Reach.COPY for one in self.tensors)
         files = f"{len(self.shards)} file{'s' if len(self.shards) > 1 else ''}"
-        rows = [(role, self.sources[role].describe()) for role in self.edit.roles()]
+        rows = [(role, self.sources[role].describe()) for role in self.edit.roles() if role not in self.made]
         rows += [
             ("tensors", f"{len(self.tensors)}: {len(self.tensors) - copied} computed, {copied} copied"),
             ("output", f"{shown_bytes(self.total_bytes)} in {files}"),
@@ -114,6 +120,7 @@ def plan_edit(
     digests: Mapping[str, str] | None = None,
     config_changes: Mapping[str, Any] | None = None,
     tied: bool = True,
+    rounding_seed: int | None = None,
 ) -> Plan:
     """Return the plan of an edit, from headers only.
 
@@ -128,6 +135,7 @@ def plan_edit(
         digests: Content digests of the sources by role, where they are known already: those of a plan just made.
         config_changes: Keys of `config.json` that the output must state differently from the layout's model.
         tied: Give every source a head of its own where some tie it; False where the sources are presented that way.
+        rounding_seed: Round up or down by chance, drawn from this seed; None: to nearest.
 
     Raises:
         ConfigError: A role has no source, or the shard limit is not positive.
@@ -162,11 +170,14 @@ def plan_edit(
     rows = [[entry.name, entry.dtype, list(entry.shape)] for entry in entries.values()]
     # Edits are frozen dataclasses: their repr holds the method and every setting.
     # Sums over a whole tensor may differ in their last digit between compiled and plain loops.
-    digest = json_digest([repr(edit), sorted(rows), dict(digests), max_shard_bytes, kernels.kind()])
+    rounding = [] if rounding_seed is None else [f"stochastic rounding, seed {rounding_seed}"]
+    digest = json_digest([repr(edit), sorted(rows), dict(digests), max_shard_bytes, kernels.kind(), *rounding])
     metadata = {"format": "pt", "keelwright": digest}
     shards = lay_out(entries.values(), max_shard_bytes=max_shard_bytes, metadata=metadata)
     changes = {**(config_changes or {}), **untied}
-    plan = Plan(edit, sources, tensors, shards, memory, digest, digests, changes, tuple(notes), stamps)
+    plan = Plan(
+        edit, sources, tensors, shards, memory, digest, digests, changes, {}, tuple(notes), stamps, rounding_seed
+    )
     if out is not None:
         require_space(plan, out)
     return plan

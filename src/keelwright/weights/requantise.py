@@ -30,7 +30,7 @@ from keelwright.models.memory import require_memory
 from keelwright.weights.edit import Edit
 from keelwright.weights.layout import lay_out
 from keelwright.weights.plan import MAX_SHARD_BYTES, Plan, Planned, plan_edit, require_space
-from keelwright.weights.sources import AliasedSource, Excerpt, innermost
+from keelwright.weights.sources import AliasedSource, Excerpt, RenamedSource, innermost
 from keelwright.weights.stream import CHUNK_ELEMENTS, can_split, copied_role, effective_reach, evaluate
 from keelwright.weights.survey import with_survey
 
@@ -48,6 +48,8 @@ def plan_requantised(
     out: Path | None = None,
     digests: Mapping[str, str] | None = None,
     config_changes: Mapping[str, Any] | None = None,
+    tied: bool = True,
+    layout: TensorSource | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Return the plan of an edit whose output is stored in F8 as the layout's model is.
@@ -56,24 +58,22 @@ def plan_requantised(
     coefficients cannot be written in one sweep: each holds a source of its own.
 
     Args:
-        edit, sources, max_shard_bytes, out, digests, config_changes: As for `plan_edit`.
+        edit, sources, max_shard_bytes, out, digests, config_changes, tied: As for `plan_edit`.
+        layout: The model whose F8 formats the output has; by default that of the edit's last role.
         progress: Told about a survey.
 
     Raises:
         ConfigError: The layout's model is not stored in F8.
-        ModelMismatchError: An F8 weight has another shape in the output.
+        ModelMismatchError: An F8 weight is not in the output, or has another shape there.
         KeelwrightError: Whatever `plan_edit` raises.
     """
-    inner = plan_edit(edit, sources, max_shard_bytes=max_shard_bytes, digests=digests, config_changes=config_changes)
-    layout = innermost(inner.sources[edit.roles()[-1]])
-    if not isinstance(layout, Float8Checkpoint):
-        raise ConfigError(
-            "There is no F8 format to write the output in.",
-            expected="a tuned model whose weights are stored in F8",
-            found=inner.sources[edit.roles()[-1]].describe(),
-            fix="leave --requantize out",
-        )
+    shown = layout or sources[edit.roles()[-1]]
+    layout = _float8_of(shown)
+    inner = plan_edit(
+        edit, sources, max_shard_bytes=max_shard_bytes, digests=digests, config_changes=config_changes, tied=tied
+    )
     planned = {one.entry.name: one for one in inner.tensors}
+    _require_same_weights(layout, planned)
     surveyed = with_survey(edit, inner.sources, [one.entry for one in inner.tensors], progress=progress)
     source = RequantisedSource(surveyed, inner.sources, layout, {name: one.entry for name, one in planned.items()})
     made = source.entries()
@@ -98,12 +98,43 @@ def plan_requantised(
         memory_bytes=memory,
         digest=digest,
         source_digests={role: inner.digest, **inner.source_digests},
+        made=frozenset({role}),
         config_changes=changes,
         notes=(*inner.notes, f"{count} tensors are written in F8, with fresh scales where they change"),
     )
     if out is not None:
         require_space(plan, out)
     return plan
+
+
+def _float8_of(source: TensorSource) -> Float8Checkpoint:
+    found = innermost(source)
+    if not isinstance(found, Float8Checkpoint):
+        raise ConfigError(
+            "There is no F8 format to write the output in.",
+            expected="a tuned model whose weights are stored in F8",
+            found=source.describe(),
+            fix="leave --requantize out",
+        )
+    return found
+
+
+def _require_same_weights(layout: Float8Checkpoint, planned: Mapping[str, Planned]) -> None:
+    """Raise unless the output has the tensors of the model whose scales say how each is stored."""
+    stored = layout.stored_entries()
+    gone = [name for name in layout.entries() if name not in planned and stored[name].dtype in FLOAT8_DTYPES]
+    new = [name for name in planned if name not in layout.entries() and name.endswith(".weight")]
+    if gone or (new and any(_of_layer(name) for name in new)):
+        raise ModelMismatchError(
+            "The output does not have the tensors of the model whose F8 format it is to have.",
+            expected=f"the layers of '{layout.describe()}', whose scales say how each weight is stored",
+            found=f"no '{gone[0]}' in the output" if gone else f"'{new[0]}' besides",
+            fix="leave --requantize out, or keep the number of layers",
+        )
+
+
+def _of_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +167,10 @@ class Requantised(Edit):
         """Return the edit's own for everything else."""
         return 0 if name in self.made else self.inner.passes(name)
 
+    def span(self, entry: TensorEntry, found: Found) -> tuple[int, int]:
+        """Return the edit's own for everything else."""
+        return (0, 0) if entry.name in self.made else self.inner.span(entry, found)
+
     def reduce(self, name: str, chunk: Chunk, found: Found) -> Stats:
         """Return the edit's own statistics."""
         return self.inner.reduce(name, chunk, found)
@@ -151,6 +186,10 @@ class Requantised(Edit):
     def surveyed(self, found: Mapping[str, Found]) -> Self:
         """Return itself: the edit has seen the whole model."""
         return self
+
+    def edit_of(self, name: str) -> WeightEdit:
+        """Return the edit of a tensor that the source does not make."""
+        return self.inner
 
 
 class RequantisedSource:
@@ -247,7 +286,9 @@ class RequantisedSource:
         if effective_reach(self._edit, entry) is not Reach.COPY:
             return None
         source = self._sources[copied_role(self._edit, entry)]
-        while isinstance(source, AliasedSource | Excerpt):
+        while isinstance(source, AliasedSource | Excerpt) or (
+            isinstance(source, RenamedSource) and source.names[name] == name
+        ):
             source = source.inner
         same = isinstance(source, Float8Checkpoint) and source.scalings.get(name) == self._layout.scalings.get(name)
         return source if same and source.stored_entries()[name] == self._entries[name] else None  # type: ignore[attr-defined, return-value]

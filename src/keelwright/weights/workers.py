@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from keelwright.core.errors import KeelwrightError, MissingError, ResourceError
 from keelwright.core.protocols import TensorSource, WeightEdit
+from keelwright.weights.facts import Facts, collector
 from keelwright.weights.layout import Shard
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes, can_split, sweep
 
@@ -55,6 +56,8 @@ class Work:
     """Several for a sweep; all have the same tensors in the same order."""
     sources: Mapping[str, TensorSource]
     chunk_elements: int = CHUNK_ELEMENTS
+    rounding_seed: int | None = None
+    """Seed of rounding by chance; None: to nearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,9 @@ def tasks_of(work: Work, slots: Sequence[tuple[int, int]]) -> list[Task]:
     return tasks
 
 
-def run_task(work: Work, task: Task) -> None:
-    """Evaluate the pieces of a task and write them to their places."""
+def run_task(work: Work, task: Task) -> Facts:
+    """Evaluate the pieces of a task and write them to their places; return what the edits tell of the tensors."""
+    facts: Facts = []
     handles: dict[tuple[int, int], int] = {}
     try:
         for piece in task:
@@ -118,7 +122,13 @@ def run_task(work: Work, task: Task) -> None:
             begins = [target.shards[piece.shard].slots[piece.slot].begin for target in work.targets]
             edits = [target.edit for target in work.targets]
             for parts in sweep(
-                edits, work.sources, entry, chunk_elements=work.chunk_elements, span=(piece.start, piece.stop)
+                edits,
+                work.sources,
+                entry,
+                chunk_elements=work.chunk_elements,
+                span=(piece.start, piece.stop),
+                rounding_seed=work.rounding_seed,
+                reduced=collector(edits, entry.name, facts),
             ):
                 for number, (part, begin) in enumerate(zip(parts, begins, strict=True)):
                     key = (number, piece.shard)
@@ -129,6 +139,7 @@ def run_task(work: Work, task: Task) -> None:
     finally:
         for handle in handles.values():
             os.close(handle)
+    return facts
 
 
 def write_at(handle: int, view: memoryview, position: int) -> None:
@@ -138,8 +149,10 @@ def write_at(handle: int, view: memoryview, position: int) -> None:
         written += os.pwrite(handle, view[written:], position + written)
 
 
-def run_tasks(work: Work, tasks: Sequence[Task], *, executor: ExecutorName, workers: int) -> Iterator[int]:
-    """Run tasks on several workers; yield the index of each as it is done, in any order.
+def run_tasks(
+    work: Work, tasks: Sequence[Task], *, executor: ExecutorName, workers: int
+) -> Iterator[tuple[int, Facts]]:
+    """Run tasks on several workers; yield the index of each as it is done, in any order, with its facts.
 
     Raises:
         KeelwrightError: Whatever a worker met; the tasks that were not begun are left.
@@ -167,18 +180,18 @@ def _adopt(work: Work, parent: int) -> None:
     _adopted = work
 
 
-def _run_adopted(task: Task) -> None:
+def _run_adopted(task: Task) -> Facts:
     if _adopted is None:
         raise RuntimeError("this process was not begun as a worker")
-    run_task(_adopted, task)
+    return run_task(_adopted, task)
 
 
-def _on_processes(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[int]:
+def _on_processes(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Facts]]:
     # A forked worker starts with everything imported and the sources open; elsewhere they are pickled. This process is
     # one of the workers, in a thread of its own: a process less to hold in memory.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ExitStack() as stack:
-        pools: list[tuple[Executor, Callable[[Task], None]]] = []
+        pools: list[tuple[Executor, Callable[[Task], Facts]]] = []
         if workers > 1:
             pool = ProcessPoolExecutor(workers - 1, context, initializer=_adopt, initargs=(work, os.getpid()))
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
@@ -197,12 +210,14 @@ def _on_processes(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[i
             ) from error
 
 
-def _shared_out(tasks: Sequence[Task], pools: Sequence[tuple[Executor, Callable[[Task], None]]]) -> Iterator[int]:
+def _shared_out(
+    tasks: Sequence[Task], pools: Sequence[tuple[Executor, Callable[[Task], Facts]]]
+) -> Iterator[tuple[int, Facts]]:
     """Yield the index of each task as it is done; each pool has one task at work and one waiting.
 
     Few at a time: what is done stays close to the first gap, so that a resume has little to do twice.
     """
-    waiting: dict[Future[None], tuple[int, int]] = {}
+    waiting: dict[Future[Facts], tuple[int, int]] = {}
     following = iter(enumerate(tasks))
     free = [*range(len(pools))] * 2
     while True:
@@ -217,12 +232,12 @@ def _shared_out(tasks: Sequence[Task], pools: Sequence[tuple[Executor, Callable[
         done, _ = wait(waiting, return_when=FIRST_COMPLETED)
         for future in sorted(done, key=lambda one: waiting[one]):
             number, place = waiting.pop(future)
-            future.result()
+            facts = future.result()
             free.append(place)
-            yield number
+            yield number, facts
 
 
-def _on_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[int]:
+def _on_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Facts]]:
     ray = _ray()
     began_here = not ray.is_initialized()
     if began_here:
@@ -244,26 +259,25 @@ def _on_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[int]:
             ray.shutdown()
 
 
-def _run_on_ray(work: Work, task: Task) -> KeelwrightError | OSError | None:
+def _run_on_ray(work: Work, task: Task) -> KeelwrightError | OSError | Facts:
     import torch
 
     torch.set_num_threads(1)
     try:
-        run_task(work, task)
+        return run_task(work, task)
     except (KeelwrightError, OSError) as error:
         # Returned, not raised: Ray would wrap it in an error of its own, and try it again.
         return error
-    return None
 
 
-def _finished_on_ray(ray: Any, waiting: dict[Any, int]) -> Iterator[int]:
+def _finished_on_ray(ray: Any, waiting: dict[Any, int]) -> Iterator[tuple[int, Facts]]:
     done, _ = ray.wait(list(waiting), num_returns=1)
     for reference in done:
         number = waiting.pop(reference)
-        error = ray.get(reference)
-        if error is not None:
-            raise error
-        yield number
+        result = ray.get(reference)
+        if isinstance(result, Exception):
+            raise result
+        yield number, result
 
 
 def _ray() -> Any:

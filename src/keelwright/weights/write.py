@@ -28,6 +28,7 @@ from keelwright.core.protocols import Progress, Silent
 from keelwright.models.folders import INDEX
 from keelwright.weights.card import Provenance, model_card
 from keelwright.weights.companions import copy_companions, dominant_dtype
+from keelwright.weights.facts import Facts, collector, notes_on, summary
 from keelwright.weights.journal import (
     JOURNAL_FILE,
     PLAN_FILE,
@@ -39,6 +40,7 @@ from keelwright.weights.journal import (
 )
 from keelwright.weights.layout import Shard, Slot, index_json
 from keelwright.weights.lock import LOCK_FILE, lock_text
+from keelwright.weights.numerics import ROUNDING
 from keelwright.weights.plan import Plan, require_space
 from keelwright.weights.sources import file_stamps
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes, evaluate
@@ -172,34 +174,54 @@ def materialise_sweep(
             stack.enter_context(_kept(partial))
         for plan, out in zip(plans, outs, strict=True):
             require_space(plan, out)
-        written, resumed = _write_shards(plans, partials, progress, effort)
+        written, told, resumed = _write_shards(plans, partials, progress, effort)
         for plan in plans:
             _require_unchanged(plan)
-        for plan, out, partial, provenance, files in zip(plans, outs, partials, provenances, written, strict=True):
-            for text in plan.notes:
+        for number, (plan, out, partial, provenance) in enumerate(zip(plans, outs, partials, provenances, strict=True)):
+            rows = [facts for target, _, facts in told if target == number]
+            notes = (*plan.notes, *notes_on(rows, provenance.method))
+            for text in notes:
                 progress.note(text)
-            changes = {**plan.config_changes, "dtype": dominant_dtype(one.entry for one in plan.tensors)}
-            files.update(copy_companions(companions_from, tokenizer_from or companions_from, partial, changes))
-            index = index_json(plan.shards)
-            if index is not None:
-                files[INDEX] = write_text(partial / INDEX, index)
-            files["README.md"] = write_text(partial / "README.md", model_card(provenance, _sources(plan), plan.notes))
+            files = written[number]
+            files.update(_write_companions(plan, partial, companions_from, tokenizer_from or companions_from))
+            files["README.md"] = write_text(partial / "README.md", model_card(provenance, _sources(plan), notes))
             seconds = time.monotonic() - started
-            manifest = Manifest(out, files, len(plan.tensors), plan.total_bytes, seconds, resumed, plan.notes)
-            facts = {
-                "tensors": manifest.tensors,
-                "bytes": manifest.bytes,
-                "seconds": seconds,
-                "notes": list(plan.notes),
-            }
-            write_atomic(
-                partial / LOCK_FILE,
-                lock_text(provenance, _sources(plan), plan_digest=plan.digest, files=files, facts=facts),
-            )
+            manifest = Manifest(out, files, len(plan.tensors), plan.total_bytes, seconds, resumed, notes)
+            write_atomic(partial / LOCK_FILE, _lock(plan, provenance, manifest, rows))
             manifests.append(manifest)
         for partial, out in zip(partials, outs, strict=True):
             finish(partial, out)
     return manifests
+
+
+def _write_companions(plan: Plan, partial: Path, model_folder: Path, tokenizer_folder: Path) -> dict[str, str]:
+    """Write what a loader needs beside the weights; return the SHA-256 of each file."""
+    changes = {**plan.config_changes, "dtype": dominant_dtype(one.entry for one in plan.tensors)}
+    files = copy_companions(model_folder, tokenizer_folder, partial, changes, plan.generation_changes)
+    index = index_json(plan.shards)
+    if index is not None:
+        files[INDEX] = write_text(partial / INDEX, index)
+    return files
+
+
+def _lock(plan: Plan, provenance: Provenance, manifest: Manifest, rows: Sequence[Mapping[str, float]]) -> str:
+    facts = {
+        "tensors": manifest.tensors,
+        "bytes": manifest.bytes,
+        "seconds": manifest.seconds,
+        "notes": list(manifest.notes),
+        # Tensors that an earlier, interrupted write had finished told their facts to that one.
+        **({"facts": summary(rows)} if rows else {}),
+    }
+    seed = plan.rounding_seed
+    return lock_text(
+        provenance,
+        _sources(plan),
+        plan_digest=plan.digest,
+        files=manifest.files,
+        facts=facts,
+        rounding=ROUNDING if seed is None else f"float32 evaluation, one stochastic rounding, seed {seed}",
+    )
 
 
 def write_text(path: Path, text: str) -> str:
@@ -263,21 +285,23 @@ def _require_unchanged(plan: Plan) -> None:
 
 def _sources(plan: Plan) -> dict[str, dict[str, str]]:
     return {
-        role: {"model": source.describe(), "digest": plan.source_digests[role]} for role, source in plan.sources.items()
+        role: {"model": source.describe(), "digest": plan.source_digests[role]}
+        for role, source in plan.sources.items()
+        if role not in plan.made
     }
 
 
 def _write_shards(
     plans: Sequence[Plan], partials: Sequence[Path], progress: Progress, effort: Effort
-) -> tuple[list[dict[str, str]], int]:
-    """Write all weight files; return their SHA-256 for each plan, and how many tensors were there already."""
+) -> tuple[list[dict[str, str]], Facts, int]:
+    """Write all weight files; return their SHA-256 for each plan, facts, and how many tensors were there already."""
     edits = [
         with_survey(plan.edit, plan.sources, [one.entry for one in plan.tensors], progress=progress) for plan in plans
     ]
     targets = tuple(
         Target(edit, partial, plan.shards) for edit, partial, plan in zip(edits, partials, plans, strict=True)
     )
-    work = Work(targets, plans[0].sources, effort.chunk_elements)
+    work = Work(targets, plans[0].sources, effort.chunk_elements, plans[0].rounding_seed)
     total = sum(plan.data_bytes for plan in plans)
     progress.stage("write", total=total, unit="B")
     with contextlib.ExitStack() as stack:
@@ -287,10 +311,10 @@ def _write_shards(
         resumed = _accept_finished(writers, progress)
         workers = effort.workers or default_workers(total)
         if workers == 1 and len(plans) == 1 and effort.executor == "processes":
-            _write_alone(work, writers[0], progress)
+            facts = _write_alone(work, writers[0], progress)
         else:
-            _write_together(work, writers, progress, effort.executor, workers)
-        return [writer.close() for writer in writers], resumed
+            facts = _write_together(work, writers, progress, effort.executor, workers)
+        return [writer.close() for writer in writers], facts, resumed
 
 
 def _accept_finished(writers: Sequence[_Output], progress: Progress) -> int:
@@ -313,26 +337,37 @@ def _accept_finished(writers: Sequence[_Output], progress: Progress) -> int:
     return count
 
 
-def _write_alone(work: Work, writer: _Output, progress: Progress) -> None:
-    """Evaluate in this process, hashing and writing in a second thread."""
+def _write_alone(work: Work, writer: _Output, progress: Progress) -> Facts:
+    """Evaluate in this process, hashing and writing in a second thread; return what the edit tells."""
     edit = work.targets[0].edit
+    facts: Facts = []
     with ThreadPoolExecutor(max_workers=1) as pool:
         for shard, slot in writer.left():
             entry = writer.shards[shard].slots[slot].entry
-            chunks = evaluate(edit, work.sources, entry, chunk_elements=work.chunk_elements)
+            chunks = evaluate(
+                edit,
+                work.sources,
+                entry,
+                chunk_elements=work.chunk_elements,
+                rounding_seed=work.rounding_seed,
+                reduced=collector([edit], entry.name, facts),
+            )
             writer.write(shard, slot, chunks, pool)
             progress.advance(writer.size(shard, slot))
+    return facts
 
 
 def _write_together(
     work: Work, writers: Sequence[_Output], progress: Progress, executor: ExecutorName, workers: int
-) -> None:
+) -> Facts:
     """Let workers evaluate and write; read what is complete back in the order of the files, for its digest."""
+    facts: Facts = []
     left = writers[0].left()
     tasks = tasks_of(work, left)
     pieces_left = Counter((piece.shard, piece.slot) for task in tasks for piece in task)
     front = 0
-    for number in run_tasks(work, tasks, executor=executor, workers=workers):
+    for number, told in run_tasks(work, tasks, executor=executor, workers=workers):
+        facts += told
         for piece in tasks[number]:
             pieces_left[piece.shard, piece.slot] -= 1
         while front < len(left) and pieces_left[left[front]] == 0:
@@ -340,6 +375,7 @@ def _write_together(
                 writer.adopt(*left[front])
                 progress.advance(writer.size(*left[front]))
             front += 1
+    return facts
 
 
 def _open_shard(path: Path, shard: Shard) -> int:

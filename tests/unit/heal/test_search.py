@@ -52,3 +52,23 @@ def test_search_ends_at_its_resolution():
         assert steps < 10
     gaps = [abs(one.coefficient - 0.6) for one in trials if one.coefficient > 0.6]
     assert min(gaps) < 2 * RESOLUTION
+
+
+SWAP = SearchSpace(neutral=1.0, grid=(1e-5, 1e-4, 1e-3, 1e-2), setting="t")
+
+
+def test_a_grid_over_orders_of_magnitude_is_narrowed_down_by_ratios():
+    trials = [tried(1e-5), tried(1e-4), tried(1e-3, best=True, restored=True), tried(1e-2)]
+    assert next_coefficient(SWAP, trials) == pytest.approx(3.16e-3)
+    steps = 0
+    while (point := next_coefficient(SWAP, trials)) is not None:
+        trials.append(tried(point))
+        steps += 1
+        assert steps < 20
+    assert min(one.coefficient for one in trials if one.coefficient > 1e-3) < 1.2e-3
+
+
+def test_a_value_that_failed_is_not_tried_again():
+    assert next_coefficient(LINEAR, [tried(0.4)], out={0.2}) == 0.6
+    trials = [tried(0.2), tried(0.4, best=True, restored=True), tried(0.6), tried(0.8)]
+    assert next_coefficient(LINEAR, trials, out={0.5}) is None

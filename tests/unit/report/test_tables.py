@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from keelwright.report.figures import safety_utility_curve
+from keelwright.report.page import render_heal
 from keelwright.report.reading import read_summary
 from keelwright.report.tables import (
     areas_table,
@@ -9,6 +11,7 @@ from keelwright.report.tables import (
     models_table,
     pairs_table,
     points_table,
+    race_table,
     split_changes,
     trials_table,
 )
@@ -133,3 +136,62 @@ def test_limits_in_force_are_one_sentence(summary_for):
     assert floor_words(read_summary(summary)).startswith("utility at least 0.95 of the tuned model’s; answer rate")
     del summary["floors"]
     assert floor_words(read_summary(summary)) == ""
+
+
+def raced(summary):
+    """The sample run as a race: RESTA was left behind after the first round, two methods did not take part."""
+    parts = {"linear": {"part": "selection", "items": 120}, "resta": {"part": "quarter", "items": 30}}
+    trials = [{**one, **parts[one["method"]]} for one in summary["trials"]]
+    best = next(index for index, one in enumerate(trials) if one["method"] == "resta")
+
+    def row(method, ended, round_=None, best=None, text=""):
+        return {"method": method, "ended": ended, "round": round_, "items": 0, "best": best, "text": text}
+
+    race = [
+        row("linear", "chosen", "selection", summary["chosen"]),
+        row("resta", "left_behind", "quarter", best),
+        row("broken", "failed", text="The tensor <w> overflows."),
+        row("one", "left_out", text="needs x"),
+        row("two", "left_out", text="needs x"),
+    ]
+    front = [index for index in summary["pareto"] if trials[index]["part"] == "selection"]
+    beaten = [None if index in front else front[0] for index in range(len(trials))]
+    return {**summary, "trials": trials, "race": race, "pareto": front, "dominated_by": beaten}
+
+
+def test_the_race_shows_every_method_and_joins_those_left_out_for_one_reason(summary_for):
+    table = race_table(read_summary(raced(summary_for())))
+    assert [(row[0].text, row[1].text) for row in table.rows] == [
+        ("linear", "chosen"), ("resta", "left behind"), ("broken", "failed"), ("2 methods", "left out"),
+    ]  # fmt: skip
+    assert table.rows[3][1].detail == "one, two: needs x"
+    assert table.rows[1][1].detail == "after the round on a quarter of the selection half"
+    assert table.rows[0][2].text == "linear 0.4"
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_methods_that_were_all_searched_to_the_end_need_no_race(summary_for):
+    assert race_table(read_summary(summary_for())) is None
+    summary = raced(summary_for())
+    assert race_table(read_summary({**summary, "race": summary["race"][:1]})) is None
+
+
+def test_a_trial_of_the_first_rounds_says_so_and_a_dominated_one_says_by_which(summary_for):
+    table = trials_table(read_summary(raced(summary_for())))
+    details = {row[0].text: row[0].detail for row in table.rows}
+    assert details["resta 0.5"].startswith("first rounds only, 30 items")
+    assert any("dominated by linear" in detail for name, detail in details.items() if name.startswith("linear"))
+
+
+def test_the_figure_and_its_values_leave_out_trials_on_fewer_items(summary_for):
+    reading = read_summary(raced(summary_for()))
+    assert not any(row[0].text.startswith("resta") for row in points_table(reading).rows)
+    drawn = safety_utility_curve(reading)
+    assert [entry.text for entry in drawn.legend if entry.text in ("linear", "resta")] == ["linear"]
+    assert "resta" not in drawn.panels[0].wide
+
+
+def test_the_page_of_a_race_escapes_what_a_method_said(summary_for, run):
+    page = render_heal(run, raced(summary_for()), [])
+    assert "The tensor &lt;w&gt; overflows." in page
+    assert "of the last round" in page

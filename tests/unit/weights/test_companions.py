@@ -82,3 +82,16 @@ def test_none_removes_a_key_and_quantisation_is_not_copied(model: Path, tmp_path
     assert written.keys() & {"pad_token_id", "quantization_config"} == set()
     copy_companions(model, model, tmp_path / "out2", {"quantization_config": {"bits": 8}})
     assert json.loads((tmp_path / "out2" / "config.json").read_text())["quantization_config"] == {"bits": 8}
+
+
+def test_generation_settings_say_what_changed(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "generation_config.json").write_text('{"eos_token_id": [5, 7], "pad_token_id": 9, "top_p": 0.5}')
+    out = tmp_path / "out"
+    out.mkdir()
+    files = copy_companions(model, model, out, {}, {"eos_token_id": [2], "pad_token_id": None})
+    content = (out / "generation_config.json").read_bytes()
+    assert json.loads(content) == {"eos_token_id": [2], "top_p": 0.5}
+    assert files["generation_config.json"] == hashlib.sha256(content).hexdigest()

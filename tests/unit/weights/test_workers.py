@@ -113,7 +113,7 @@ def test_a_worker_that_dies_is_an_error_and_the_same_call_resumes(folders, tmp_p
     def dying(work, task):
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-        run(work, task)
+        return run(work, task)
 
     with monkeypatch.context() as patch:
         patch.setattr(workers, "run_task", dying)

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedT
 from keelwright.core.config import require_choice
 from keelwright.core.digests import file_digest, json_digest
 from keelwright.core.errors import ModelMismatchError
-from keelwright.core.files import storage_errors, write_atomic
+from keelwright.core.files import require_new_folder, storage_errors, write_atomic
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.seeds import derive_seed
 from keelwright.data.rows import ChatRow
@@ -244,6 +245,27 @@ def build_vision_organism(
         if not place.exists():
             work.rename(place)
     return place
+
+
+def export_vision_organism(out: Path, seed: int = 0, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Write `out/projected` and `out/adapted`, made from the shipped organism; those in the cache are copied.
+
+    Args:
+        out: A folder that does not exist yet, or is empty.
+        seed: Of the adaptation.
+        progress: Told about each step.
+
+    Returns:
+        World, seed and, by stage, the folder.
+
+    Raises:
+        StorageError: `out` holds something, or cannot be written.
+    """
+    require_new_folder(out, flag="--out")
+    source = build_vision_organism(seed, progress=progress)
+    with storage_errors(out):
+        shutil.copytree(source, out, dirs_exist_ok=True)
+    return {"world": "pictures", "seed": seed, "organisms": {stage: {"folder": str(out / stage)} for stage in STAGES}}
 
 
 def write_processor(folder: Path) -> None:
