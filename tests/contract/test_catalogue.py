@@ -32,7 +32,8 @@ def test_docstring_names_source_equation_differences_cost_and_limits(line):
 
 def test_every_method_file_of_the_repair_room_is_in_the_catalogue():
     tree = ROOT / "src" / "keelwright" / "repair"
-    with_config = {path.stem for path in tree.glob("*.py") if "search_space: ClassVar" in path.read_text(encoding="utf-8")}
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in tree.glob("*.py")}
+    with_config = {name for name, text in texts.items() if "search_space: ClassVar" in text}
     assert with_config == {line.name for line in shelves.catalogue().values() if line.room == "repair"}
 
 

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+Files = dict[str, Any]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mounts, limits and signals")
 BAD, MACHINE, INTERRUPTED = 2, 3, 130
 MAIN = "from keelwright.cli.app import main\nmain()\n"
@@ -52,7 +53,7 @@ def tensors_of(seed: int) -> dict[str, Tensor]:
 def write_model(folder: Path, tensors: Mapping[str, Tensor], *, files: int = 2) -> Path:
     """Write a checkpoint folder of so many weight files."""
     folder.mkdir(parents=True)
-    config = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
+    config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"of": "a test"}')
     parts: list[dict[str, Tensor]] = [{} for _ in range(files)]
@@ -67,11 +68,10 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], *, files: int = 2) 
     return folder
 
 
-def words(out: str | Path = "out", *more: str, method: str = "linear", shard_gb: str = SHARD_GB) -> list[str]:
+def words(out: str | Path = "out", *more: str) -> list[str]:
     """Return what a user types after `keelwright`."""
-    setting = ("--coefficient", "0.3") if method in ("linear", "slerp") else ()
-    line = ("repair", method, "--aligned", "aligned", "--tuned", "tuned", *setting, "--out", str(out))
-    return [*line, "--max-shard-gb", shard_gb, "--offline", *more]
+    line = ("repair", "linear", "--aligned", "aligned", "--tuned", "tuned", "--coefficient", "0.3", "--out", str(out))
+    return [*line, "--max-shard-gb", SHARD_GB, "--offline", *more]
 
 
 def begin(line: list[str], *, cwd: Path, trap: str | None = None, **options: Any) -> subprocess.Popen[str]:
@@ -159,7 +159,7 @@ def is_stopped(process: subprocess.Popen[str]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The output of an undisturbed run."""
     place = tmp_path_factory.mktemp("whole")
     make_models(place)
@@ -204,7 +204,7 @@ WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 @LINUX
 @WORKERS
 def test_killed_in_the_middle_and_resumed_the_bytes_are_those_of_an_undisturbed_run(
-    workers: str, here: Path, whole: dict[str, Any]
+    workers: str, here: Path, whole: Files
 ) -> None:
     line = words("out", "--workers", workers)
     run(line, cwd=here, trap=at_tensor(3), code=-signal.SIGKILL)
@@ -218,7 +218,7 @@ def test_killed_in_the_middle_and_resumed_the_bytes_are_those_of_an_undisturbed_
 @pytest.mark.slow
 @LINUX
 @WORKERS
-def test_killed_after_every_single_tensor_it_goes_on_from_each(workers: str, here: Path, whole: dict[str, Any]) -> None:
+def test_killed_after_every_single_tensor_it_goes_on_from_each(workers: str, here: Path, whole: Files) -> None:
     line = words("out", "--workers", workers)
     for number in range(1, len(NAMES) + 1):
         run(line, cwd=here, trap=at_tensor(1), code=-signal.SIGKILL)
@@ -226,30 +226,6 @@ def test_killed_after_every_single_tensor_it_goes_on_from_each(workers: str, her
         assert journal_lines(here / "out.partial") == number
     run(line, cwd=here, trap=at_tensor(1))
     assert contents(here / "out") == whole
-
-
-@pytest.mark.slow
-@LINUX
-def test_a_long_write_killed_from_outside_leaves_no_worker_and_resumes(tmp_path: Path) -> None:
-    draw = torch.Generator().manual_seed(0)
-    parent = {f"model.layers.{number}.weight": torch.randn(1024, 4096, generator=draw) for number in range(12)}
-    write_model(tmp_path / "aligned", parent)
-    write_model(tmp_path / "tuned", {name: values * 1.01 for name, values in parent.items()})
-    line = words("out", "--workers", "2", shard_gb="0.1")
-    process = begin(line, cwd=tmp_path)
-    try:
-        wait_for(lambda: journal_lines(tmp_path / "out.partial") >= 2 or process.poll() is not None, "two tensors")
-        process.kill()
-        assert process.wait(60) == -signal.SIGKILL, "it ended before it was killed"
-    finally:
-        process.kill()
-        process.communicate()
-    assert not (tmp_path / "out").exists()
-    # A worker that outlived its parent would hold the output against this one.
-    wait_for(lambda: begun_by(tmp_path) == [], "the end of the workers")
-    run(line, cwd=tmp_path)
-    run(words("again", "--workers", "1", shard_gb="0.1"), cwd=tmp_path)
-    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 def begun_by(place: Path) -> list[int]:
@@ -264,7 +240,7 @@ def begun_by(place: Path) -> list[int]:
 
 @LINUX
 @WORKERS
-def test_ctrl_c_ends_with_130_and_the_same_command_resumes(workers: str, here: Path, whole: dict[str, Any]) -> None:
+def test_ctrl_c_ends_with_130_and_the_same_command_resumes(workers: str, here: Path, whole: Files) -> None:
     line = words("out", "--workers", workers)
     run(line, cwd=here, trap=at_tensor(2, "os.kill(os.getpid(), signal.SIGINT)"), code=INTERRUPTED)
     assert not (here / "out").exists()
@@ -275,7 +251,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_resumes(workers: str, here: P
 
 
 @LINUX
-def test_what_was_damaged_while_it_lay_there_is_written_again(here: Path, whole: dict[str, Any]) -> None:
+def test_what_was_damaged_while_it_lay_there_is_written_again(here: Path, whole: Files) -> None:
     run(words(), cwd=here, trap=at_tensor(6), code=-signal.SIGKILL)
     first = sorted((here / "out.partial").glob("*.safetensors"))[0]
     raw = bytearray(first.read_bytes())
@@ -308,7 +284,7 @@ def sweep(out: str, *more: str) -> list[str]:
 
 @pytest.mark.xfail(strict=True, reason="a sweep's folder that holds its own unfinished outputs is refused as not empty")
 @LINUX
-def test_a_sweep_that_was_killed_goes_on(here: Path, whole: dict[str, Any]) -> None:
+def test_a_sweep_that_was_killed_goes_on(here: Path, whole: Files) -> None:
     run(sweep("out"), cwd=here, trap=at_tensor(6), code=-signal.SIGKILL)
     assert len(list((here / "out").glob("*.partial"))) == 2
     run(sweep("out"), cwd=here)
@@ -318,7 +294,7 @@ def test_a_sweep_that_was_killed_goes_on(here: Path, whole: dict[str, Any]) -> N
 
 @LINUX
 @pytest.mark.parametrize("file", ["plan.json", "config.json", "README.md", LOCK])
-def test_killed_within_a_small_file_nothing_of_it_is_left_over(file: str, here: Path, whole: dict[str, Any]) -> None:
+def test_killed_within_a_small_file_nothing_of_it_is_left_over(file: str, here: Path, whole: Files) -> None:
     # Between the writing of the new content and its renaming.
     kill = f"os.path.exists(f'out.partial/.{file}.{{os.getpid()}}.part') and os.kill(os.getpid(), signal.SIGKILL)"
     run(words(), cwd=here, trap=before("os:fsync", kill), code=-signal.SIGKILL)
@@ -328,15 +304,11 @@ def test_killed_within_a_small_file_nothing_of_it_is_left_over(file: str, here: 
 
 
 @LINUX
-def test_a_disk_that_fills_up_while_it_is_written(here: Path, whole: dict[str, Any]) -> None:
+def test_a_disk_that_fills_up_while_it_is_written(here: Path, whole: Files) -> None:
     fill = "open('disk/filler', 'wb').write(bytes(os.statvfs('disk').f_bavail * os.statvfs('disk').f_bsize))"
     with small_disk(here / "disk", "size=64m"):
-        text = run(
-            words("disk/out"),
-            cwd=here,
-            trap=before("keelwright.weights.write:_write_shards", fill),
-            code=MACHINE,
-        )
+        trap = before("keelwright.weights.write:_write_shards", fill)
+        text = run(words("disk/out"), cwd=here, trap=trap, code=MACHINE)
         says(text, "StorageError", "is full", "No space left on device", "the same command resumes")
         assert (here / "disk/out.partial/plan.json").is_file()
         assert not (here / "disk/out").exists()
@@ -347,7 +319,7 @@ def test_a_disk_that_fills_up_while_it_is_written(here: Path, whole: dict[str, A
 
 
 @LINUX
-def test_a_disk_that_is_full_when_only_the_small_files_are_missing(here: Path, whole: dict[str, Any]) -> None:
+def test_a_disk_that_is_full_when_only_the_small_files_are_missing(here: Path, whole: Files) -> None:
     # Room for the folder, the plan, two shards and the journal, and for nothing else.
     with small_disk(here / "disk", "size=64m,nr_inodes=6") as remount:
         text = run(words("disk/out"), cwd=here, code=MACHINE)
@@ -368,7 +340,7 @@ def test_a_disk_that_is_too_small_from_the_start_is_not_touched(here: Path) -> N
 
 @LINUX
 @WORKERS
-def test_a_limit_on_the_size_of_files(workers: str, here: Path, whole: dict[str, Any]) -> None:
+def test_a_limit_on_the_size_of_files(workers: str, here: Path, whole: Files) -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
@@ -381,7 +353,7 @@ def test_a_limit_on_the_size_of_files(workers: str, here: Path, whole: dict[str,
 
 
 @LINUX
-def test_a_read_only_disk_before_and_in_the_middle(here: Path, whole: dict[str, Any]) -> None:
+def test_a_read_only_disk_before_and_in_the_middle(here: Path, whole: Files) -> None:
     with small_disk(here / "disk", "size=64m,ro") as remount:
         text = run(words("disk/out"), cwd=here, code=MACHINE)
         says(text, "StorageError", "'disk/out.partial' cannot be written", "Read-only file system")
@@ -406,7 +378,6 @@ def test_a_folder_without_permission_to_write(here: Path) -> None:
     run(words("locked/out"), cwd=here)
 
 
-ONLY = "model-00001-of-00001.safetensors"
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
 
@@ -500,19 +471,12 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str, tuple[str, ...]]] = {
 }
 
 
-RARE = (
-    "an absurd header",
-    "a header cut short",
-    "overlapping tensors",
-    "an unknown dtype",
-    "a negative size",
-    "infinity",
-)
+RARE = ("an absurd header", "a header cut short", "overlapping tensors", "an unknown dtype", "infinity")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(one, marks=[pytest.mark.slow] * (one in RARE)) for one in SPOILT])
 def test_a_spoilt_input_is_named_leaves_nothing_and_once_mended_all_is_well(
-    kind: str, here: Path, whole: dict[str, Any]
+    kind: str, here: Path, whole: Files
 ) -> None:
     spoil, error, parts = SPOILT[kind]
     spoil(here / "tuned")
@@ -544,7 +508,7 @@ SHORTEN = f"os.truncate('tuned/{SHARD}', 900)"
     ids=["rewritten", "replaced", "cut short"],
 )
 def test_an_input_that_changes_between_the_plan_and_the_run(
-    change: str, problem: str, here: Path, whole: dict[str, Any]
+    change: str, problem: str, here: Path, whole: Files
 ) -> None:
     trap = before("keelwright.repair.materialise:materialise_sweep", change)
     says(run(words(), cwd=here, trap=trap, code=BAD), "DataError", f"tuned/{SHARD}", problem)
@@ -557,7 +521,7 @@ def test_an_input_that_changes_between_the_plan_and_the_run(
 
 
 @LINUX
-def test_an_input_that_changes_before_the_resume_is_another_plan(here: Path, whole: dict[str, Any]) -> None:
+def test_an_input_that_changes_before_the_resume_is_another_plan(here: Path, whole: Files) -> None:
     run(words(), cwd=here, trap=at_tensor(3), code=-signal.SIGKILL)
     shutil.move(here / "tuned", here / "kept")
     write_model(here / "tuned", tensors_of(2))
@@ -567,6 +531,11 @@ def test_an_input_that_changes_before_the_resume_is_another_plan(here: Path, who
     shutil.move(here / "kept", here / "tuned")
     run(words(), cwd=here)
     assert contents(here / "out") == whole
+
+
+def kept_of(folder: Path, *, weights: bool) -> dict[str, bytes]:
+    """Return the files of an unfinished output; where the worker of a stopped process is still at work, the others."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if weights or path.suffix != ".safetensors"}
 
 
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
@@ -594,24 +563,22 @@ def let_go(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @LINUX
 @WORKERS
-def test_a_second_writer_is_refused_and_the_first_one_ends_well(
-    workers: str, here: Path, whole: dict[str, Any]
-) -> None:
+def test_a_second_writer_is_refused_and_the_first_one_ends_well(workers: str, here: Path, whole: Files) -> None:
     line = words("out", "--workers", workers)
     with held(line, cwd=here, trap=at_tensor(3, STOP)) as first:
-        before_it = {path.name: path.read_bytes() for path in (here / "out.partial").iterdir()}
+        before_it = kept_of(here / "out.partial", weights=workers == "1")
         says(run(line, cwd=here, code=MACHINE), "StorageError", "Another process is writing 'out.partial'")
-        assert {path.name: path.read_bytes() for path in (here / "out.partial").iterdir()} == before_it
+        assert kept_of(here / "out.partial", weights=workers == "1") == before_it
         other = words("out", "--out-dtype", "F32")
         says(run(other, cwd=here, code=MACHINE), "StorageError", "holds an unfinished output of another plan")
-        assert {path.name: path.read_bytes() for path in (here / "out.partial").iterdir()} == before_it
+        assert kept_of(here / "out.partial", weights=workers == "1") == before_it
         assert let_go(first)[0] == 0
     assert contents(here / "out") == whole
     says(run(line, cwd=here, code=MACHINE), "StorageError", "The output folder 'out' is not empty")
 
 
 @LINUX
-def test_a_second_writer_that_comes_as_the_first_one_ends_is_refused(here: Path, whole: dict[str, Any]) -> None:
+def test_a_second_writer_that_comes_as_the_first_one_ends_is_refused(here: Path, whole: Files) -> None:
     late = before("keelwright.weights.write:sole_writer", STOP)
     with held(words(), cwd=here, trap=at_tensor(3, STOP)) as first, held(words(), cwd=here, trap=late) as second:
         assert let_go(first)[0] == 0
@@ -623,7 +590,7 @@ def test_a_second_writer_that_comes_as_the_first_one_ends_is_refused(here: Path,
 
 
 @LINUX
-def test_two_writers_that_begin_at_once_are_told_apart(here: Path, whole: dict[str, Any]) -> None:
+def test_two_writers_that_begin_at_once_are_told_apart(here: Path, whole: Files) -> None:
     # The first one has made its folder and has not said yet what for.
     young = before("keelwright.weights.journal:sole_writer", STOP)
     with held(words(), cwd=here, trap=young) as first, held(words(), cwd=here, trap=at_tensor(2, STOP)) as second:
@@ -632,55 +599,3 @@ def test_two_writers_that_begin_at_once_are_told_apart(here: Path, whole: dict[s
         says(text, "StorageError", "Another process is writing 'out.partial'")
         assert let_go(second)[0] == 0
     assert contents(here / "out") == whole
-
-
-CAP = 96 << 20
-# Importing costs what it costs: the cap is on what the work itself takes, thread stacks included.
-CAPPED = f"""
-import resource, sys
-import keelwright.cli.repair, keelwright.repair.materialise, torch
-torch.ones(1000).sum()
-def taken():
-    rows = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith("VmData"))
-    return int(rows["VmData"].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (taken() + {CAP},) * 2)
-"""
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two models of one tensor that is four times larger than the cap."""
-    place = tmp_path_factory.mktemp("large")
-    values = torch.randn(12 << 10, 8 << 10, generator=torch.Generator().manual_seed(0))
-    assert values.numel() * 4 == 4 * CAP
-    write_model(place / "aligned", {"model.layers.0.weight": values}, files=1)
-    values[::7] *= 1.25
-    write_model(place / "tuned", {"model.layers.0.weight": values}, files=1)
-    yield place
-    shutil.rmtree(place)
-
-
-@pytest.mark.slow
-@LINUX
-@pytest.mark.parametrize(("method", "workers"), [("linear", "1"), ("linear", "2"), ("slerp", "2"), ("ties", "1")])
-def test_a_tensor_four_times_larger_than_the_memory_cap(method: str, workers: str, large: Path) -> None:
-    line = words("out", "--workers", workers, method=method, shard_gb="5")
-    run(line, cwd=large, trap=CAPPED)
-    raw = [
-        torch.from_file(str(large / name / file), size=(large / name / file).stat().st_size, dtype=torch.uint8)
-        for name, file in (("aligned", ONLY), ("tuned", ONLY), ("out", "model.safetensors"))
-    ]
-    aligned, tuned, out = (one[-4 * CAP :].clone().view(torch.float32) for one in raw)
-    shutil.rmtree(large / "out")
-    if method == "linear":
-        assert torch.equal(out, torch.where(aligned == tuned, aligned, out))
-        assert torch.allclose(out, 0.7 * aligned + 0.3 * tuned, rtol=1e-6, atol=1e-7)
-    assert ((out != aligned).view(-1, 8 << 10)[::7].any(1)).all()
-
-
-@LINUX
-def test_the_memory_cap_is_one_that_a_whole_tensor_breaks(tmp_path: Path) -> None:
-    script = CAPPED + f"torch.ones({CAP})\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "allocate memory" in done.stderr or "MemoryError" in done.stderr

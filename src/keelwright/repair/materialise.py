@@ -272,10 +272,12 @@ def _plan_rows(line: MethodLine, edit: WeightEdit, tokens: Tokens) -> list[list[
         name = ".".join("*" if part.isdigit() else part for part in entry.name.split("."))
         reach = effective_reach(edit, entry)
         what = f"copied from {copied_role(edit, entry)}" if reach is Reach.COPY else f"computed ({_REACHES[reach]})"
-        groups[name, f"{what}, reads {', '.join(edit.reads(entry.name))}"] = groups.get((name, what), 0) + 1
+        key = (name, f"{what}, reads {', '.join(edit.reads(entry.name))}")
+        groups[key] = groups.get(key, 0) + 1
     settings = ", ".join(f"{name} {value}" for name, value in settings_of(edit).items())
+    counted = [[name, f"{what}; {count} tensor{'s' if count > 1 else ''}"] for (name, what), count in groups.items()]
     head = [["method", f"{line.name}: {settings}"], *([role, source.describe()] for role, source in sources.items())]
-    return [*head, *([name, what] for name, what in groups), *(["note", note] for note in tokens.notes)]
+    return [*head, *counted, *(["note", note] for note in tokens.notes)]
 
 
 def _materialise_several(

@@ -107,6 +107,8 @@ class Plan:
             ("output", f"{shown_bytes(self.total_bytes)} in {files}"),
             ("memory", shown_bytes(self.memory_bytes)),
         ]
+        if self.rounding_seed is not None:
+            rows.append(("rounding", f"stochastic, seed {self.rounding_seed}"))
         return rows + [("note", note) for note in self.notes]
 
 
