@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers: the same bytes whoever writes them, and nothing lost when one dies."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -84,7 +85,7 @@ def test_tasks_cover_every_element_once_and_follow_the_files(folders, tmp_path, 
         spans = [(one.start, one.stop) for one in pieces if (one.shard, one.slot) == place]
         assert spans[0][0] == 0
         assert spans[-1][1] == plan.shards[place[0]].slots[place[1]].entry.elements
-        assert all(before[1] == after[0] for before, after in zip(spans, spans[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
 
 
 def test_an_error_of_a_worker_arrives_whole_and_leaves_nothing(make_folder, folders, tmp_path, small_tasks):
