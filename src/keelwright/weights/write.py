@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 import time
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from keelwright.core.config import require_choice, require_in_range
 from keelwright.core.errors import DataError, NumericalError, StorageError
-from keelwright.core.files import storage_errors, sync_folder, write_atomic
+from keelwright.core.files import flush_behind, storage_errors, sync_folder, write_atomic
 from keelwright.core.protocols import Progress, Silent
 from keelwright.models.folders import INDEX
 from keelwright.weights.card import Provenance, model_card
@@ -56,7 +57,7 @@ from keelwright.weights.workers import (
     write_at,
 )
 
-_READ_BLOCK = 1 << 20
+_READ_BLOCK = 8 << 20
 # Chunks that may wait for the thread that hashes and writes; more would only take memory.
 _QUEUE = 4
 
@@ -474,6 +475,7 @@ class _Output:
                 waiting.popleft().result()
         for future in waiting:
             future.result()
+        flush_behind(handle, place.begin, place.end)
         self._log(shard, slot)
 
     def close(self) -> dict[str, str]:
@@ -487,11 +489,18 @@ class _Output:
         self._done.add((shard, slot))
 
     def _read_back(self, place: Slot, shard: int, into: hashlib._Hash) -> bool:
-        position = place.begin
+        """Take a tensor's bytes into a hash, from the page cache and without copying them."""
+        handle, position = self._handles[shard], place.begin
+        if os.fstat(handle).st_size < place.end:
+            return False
         while position < place.end:
-            block = os.pread(self._handles[shard], min(_READ_BLOCK, place.end - position), position)
-            if not block:
-                return False
-            into.update(block)
-            position += len(block)
+            start = position - position % mmap.ALLOCATIONGRANULARITY
+            stop = min(place.end, start + _READ_BLOCK)
+            with mmap.mmap(handle, stop - start, access=mmap.ACCESS_READ, offset=start) as window:
+                view = memoryview(window)
+                with view[position - start :] as part:
+                    into.update(part)
+                view.release()
+            position = stop
+        flush_behind(handle, place.begin, place.end)
         return True
