@@ -9,7 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["keelwright.ops", "keelwright.repair.linear", "keelwright.repair.resta"], "beartype.beartype")
+SHAPED = ("karcher linear lm_cocktail model_stock multislerp nearswap nuslerp passthrough resta slerp wise_ft").split()
+install_import_hook(["keelwright.ops", *(f"keelwright.repair.{name}" for name in SHAPED)], "beartype.beartype")
 
 import torch
 

@@ -50,7 +50,12 @@ def raw(tensor: Tensor) -> bytes:
 
 def run(edit: Any, tensors: list[Tensor], chunk: int) -> Tensor:
     sources = {role: Memory(tensor) for role, tensor in zip(edit.roles(), tensors, strict=True)}
-    return torch.cat([values for _, values in evaluate(edit, sources, "w", chunk_elements=chunk)])
+    return torch.cat(
+        [
+            values
+            for _, values in evaluate(edit, sources, sources[edit.roles()[-1]].entries()["w"], chunk_elements=chunk)
+        ]
+    )
 
 
 def ulp(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,9 +27,10 @@ from keelwright.weights.adapter import Term, adapter_terms, write_adapter
 from keelwright.weights.card import CardResults, Provenance
 from keelwright.weights.edit import TUNED
 from keelwright.weights.live import LiveSource
+from keelwright.weights.lock import finished
 from keelwright.weights.plan import MAX_SHARD_BYTES, Plan, plan_edit
 from keelwright.weights.requantise import plan_requantised
-from keelwright.weights.sources import relative_distance
+from keelwright.weights.sources import relative_distance, source_digest
 from keelwright.weights.stream import copied_role, effective_reach
 from keelwright.weights.write import Effort, Manifest, materialise_sweep
 
@@ -140,7 +141,8 @@ def repair(
     require_rows(line, edits[0], learning.files)
     target.format.require_possible(outputs=len(edits), dtype=out_dtype)
     if not explain:
-        require_new_folder(target.out, flag="--out")
+        names = sweep_names(edits) if len(edits) > 1 else []
+        require_new_folder(target.out, flag="--out", beside=[*names, *(f"{name}.partial" for name in names)])
     refs = {role: parse_ref(model) for role, model in given.items()}
     _require_roles(line, edits[0], refs)
     locals_ = {role: None if ref.live is not None else resolve(ref, offline=offline) for role, ref in refs.items()}
@@ -292,32 +294,69 @@ def _materialise_several(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write one output per coefficient below `output.out`: full ones from one reading of the models."""
+    outs = [output.out / name for name in sweep_names(edits)]
+    provenances = [_provenance(line, edit, None, folders) for edit in edits]
+    forms = [_adapter_form(line, edit, sources, tuned, output) for edit in edits]
+    form_name = "full" if None in forms else "adapter"
+    read = tokens.sources if form_name == "full" else sources
+    # A sweep that was cut off between two of its outputs goes on with those that are missing.
+    manifests = [_left_by_a_kill(out, one, read) for out, one in zip(outs, provenances, strict=True)]
+    todo = [number for number, manifest in enumerate(manifests) if manifest is None]
+    try:
+        if form_name == "full" and todo:
+            made = _write_full(
+                [edits[number] for number in todo],
+                tokens,
+                tuned,
+                output,
+                [outs[number] for number in todo],
+                [provenances[number] for number in todo],
+                progress,
+            )
+            for number, manifest in zip(todo, made, strict=True):
+                manifests[number] = manifest
+        for number in todo if form_name == "adapter" else ():
+            terms, like = forms[number] or ([], Path())
+            manifests[number] = _write_adapter(
+                edits[number], sources, terms, outs[number], like, provenances[number], output.format
+            )
+    except BaseException:
+        with suppress(OSError):
+            output.out.rmdir()  # only if nothing in it is worth keeping
+        raise
+    rows = [
+        {"coefficients": coefficients_of(edit), **_written(manifest, form_name)}
+        for edit, manifest in zip(edits, manifests, strict=True)
+        if manifest is not None
+    ]
+    return {"schema": 1, "command": "repair", "method": line.name, "out": str(output.out), "outputs": rows}
+
+
+def sweep_names(edits: Sequence[WeightEdit]) -> list[str]:
+    """Return the folder of each output of a sweep below the command's own.
+
+    Raises:
+        ConfigError: Two coefficients are the same.
+    """
     values = [coefficients_of(edit)["coefficient"] for edit in edits]
-    outs = [output.out / f"coefficient-{value:g}" for value in values]
-    if len(set(outs)) != len(outs):
+    names = [f"coefficient-{value:g}" for value in values]
+    if len(set(names)) != len(names):
         raise ConfigError(
             "Two coefficients of the sweep are the same.",
             expected="different numbers",
             found=", ".join(f"{value:g}" for value in values),
             fix="write each once",
         )
-    provenances = [_provenance(line, edit, None, folders) for edit in edits]
-    forms = [_adapter_form(line, edit, sources, tuned, output) for edit in edits]
-    if all(form is not None for form in forms):
-        manifests = [
-            _write_adapter(edit, sources, form[0], place, form[1], one, output.format)
-            for edit, form, place, one in zip(edits, forms, outs, provenances, strict=True)
-            if form is not None
-        ]
-        form_name = "adapter"
-    else:
-        manifests = _write_full(edits, tokens, tuned, output, outs, provenances, progress)
-        form_name = "full"
-    rows = [
-        {"coefficients": coefficients_of(edit), **_written(manifest, form_name)}
-        for edit, manifest in zip(edits, manifests, strict=True)
-    ]
-    return {"schema": 1, "command": "repair", "method": line.name, "out": str(output.out), "outputs": rows}
+    return names
+
+
+def _left_by_a_kill(place: Path, provenance: Provenance, sources: Mapping[str, TensorSource]) -> Manifest | None:
+    if not place.is_dir():
+        return None
+    lock = finished(place, provenance, {role: source_digest(source) for role, source in sources.items()})
+    if lock is None:
+        return None
+    return Manifest(place, lock["files"], lock["tensors"], lock["bytes"], lock["seconds"])
 
 
 def _provenance(

@@ -61,6 +61,25 @@ def lock_text(
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
+def finished(folder: Path, provenance: Provenance, digests: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the lock of an output that stands there complete and is this very edit of these inputs, else None.
+
+    Args:
+        folder: Where the output would be.
+        provenance: The edit.
+        digests: Content digests of its sources by role.
+    """
+    if not (folder / LOCK_FILE).is_file():
+        return None
+    lock = read_json(folder / LOCK_FILE, str(folder))
+    known = {role: source.get("digest") for role, source in lock.get("sources", {}).items()}
+    wanted = json.loads(json.dumps(dict(provenance.settings)))
+    same = lock.get("method") == provenance.method and lock.get("settings") == wanted
+    if not same or any(known.get(role) != digest for role, digest in digests.items()):
+        return None
+    return lock
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Read every file of an output again and compare its SHA-256 with the lock file.
 
