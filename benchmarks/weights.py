@@ -100,7 +100,7 @@ RECIPES = (
     ),
     Recipe(
         "task_arithmetic",
-        ("task_arithmetic", *_THREE, "--set", "weights=[0.3,0.3]"),
+        ("task_arithmetic", *_THREE, "--set", "weight=[0.3,0.3]"),
         {"merge_method": "task_arithmetic", **_BASE, "models": _models(2, weight=0.3)},
         wall_limit=2.2,
         cpu_limit=0.5,
@@ -285,7 +285,11 @@ def run_mergekit(recipe: Recipe, place: Path, program: Path) -> Usage:
     """Run the same recipe with mergekit, a separate program."""
     import yaml
 
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe.mergekit))
+    # A bare name would be looked for on the hub.
+    text = json.dumps(recipe.mergekit)
+    for name in MODELS:
+        text = text.replace(f'"{name}"', f'"{(place / name).resolve()}"')
+    (place / "recipe.yaml").write_text(yaml.safe_dump(json.loads(text)))
     command = [str(program), "recipe.yaml", "out-mk", "--no-copy-tokenizer", "--quiet"]
     try:
         return measured(command, place)

@@ -9,7 +9,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-SHAPED = ["karcher", "linear", "lm_cocktail", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "resta", "slerp", "wise_ft"]
+SHAPED = (
+    "karcher",
+    "linear",
+    "lm_cocktail",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "resta",
+    "slerp",
+    "wise_ft",
+)
 install_import_hook(["keelwright.ops", *(f"keelwright.repair.{name}" for name in SHAPED)], "beartype.beartype")
 
 import torch

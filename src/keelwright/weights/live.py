@@ -25,7 +25,7 @@ from keelwright.models.float8 import Float8Checkpoint
 from keelwright.models.names import name_map
 from keelwright.ops.gram import gram
 from keelwright.weights.edit import Edit
-from keelwright.weights.numerics import working_dtype
+from keelwright.weights.numerics import widen, working_dtype
 from keelwright.weights.plan import require_same_tensors, untie
 from keelwright.weights.sources import AliasedSource, innermost
 from keelwright.weights.stream import walk
@@ -151,6 +151,7 @@ class LiveTrial:
         require_same_tensors(self.sources, layout=LAYOUT_ROLE)
         self._pairs = name_map(module, tuned)
         self._parameters = dict(module.named_parameters())
+        self._sizes: dict[str, float] = {}
         self._require_stored_dtypes(module)
 
     def apply(self, edit: WeightEdit) -> Change:
@@ -194,11 +195,12 @@ class LiveTrial:
             if part.beside is None:
                 raise TypeError("the tuned values were asked for")
             # An adapter's sum comes in float32; the live model held it rounded.
-            wide = working_dtype(part.values.dtype)
-            tuned = part.beside.to(part.values.dtype).to(wide)
-            moved += float(gram([part.values.to(wide)], tuned))
-            size += float(gram([tuned]))
-        return moved, size
+            tuned = _widened(part.beside.to(part.values.dtype))
+            moved += float(gram([_widened(part.values)], tuned))
+            if tensor not in self._sizes:
+                size += float(gram([tuned]))
+        # The tuned values are the same at every trial.
+        return moved, self._sizes.setdefault(tensor, size)
 
     def _require_stored_dtypes(self, module: PreTrainedModel) -> None:
         # Any other dtype was cast from the stored values when the model was loaded, and a trial casts in the same way.
@@ -218,6 +220,11 @@ class LiveTrial:
                     found=str(found).removeprefix("torch."),
                     fix="load it without a dtype of your own: a trial must hold the bits that would be written",
                 )
+
+
+def _widened(values: Tensor) -> Tensor:
+    dtype = working_dtype(values.dtype)
+    return widen(values, dtype, torch.empty(values.numel(), dtype=dtype))[0]
 
 
 @dataclass(frozen=True, slots=True)
