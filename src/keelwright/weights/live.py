@@ -30,7 +30,7 @@ from keelwright.weights.plan import require_same_tensors, untie
 from keelwright.weights.sources import AliasedSource, innermost
 from keelwright.weights.stream import walk
 from keelwright.weights.survey import with_survey
-from keelwright.weights.workers import MOST_WORKERS, TASK_BYTES, default_workers
+from keelwright.weights.workers import MOST_WORKERS, TASK_BYTES, default_workers, keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,6 +166,7 @@ class LiveTrial:
         if sum(entries[tensor].elements for _, tensor in pairs) < _THREADS_ABOVE:
             norms = [self._write(edit, *pair) for pair in pairs]
         else:
+            keep_freed_memory()
             # Reading, the compiled loops and copying leave the interpreter free.
             with ThreadPoolExecutor(default_workers(MOST_WORKERS * TASK_BYTES)) as pool:
                 norms = list(pool.map(lambda pair: self._write(edit, *pair), pairs))

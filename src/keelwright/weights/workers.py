@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import multiprocessing
 import os
 import signal
@@ -140,6 +141,20 @@ def run_task(work: Work, task: Task) -> Facts:
         for handle in handles.values():
             os.close(handle)
     return facts
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MB that chunks have freed, instead of giving it back between two of them.
+
+    Every chunk would touch fresh pages otherwise, which took a third of the time of an edit with several temporaries.
+    Does nothing where the library is another than glibc.
+    """
+    call = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if call is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        call(trim_threshold, 64 << 20)
+        call(mmap_threshold, 32 << 20)
 
 
 def write_at(handle: int, view: memoryview, position: int) -> None:

@@ -52,6 +52,7 @@ from keelwright.weights.workers import (
     Target,
     Work,
     default_workers,
+    keep_freed_memory,
     run_tasks,
     tasks_of,
     write_at,
@@ -304,6 +305,7 @@ def _write_shards(
     )
     work = Work(targets, plans[0].sources, effort.chunk_elements, plans[0].rounding_seed)
     total = sum(plan.data_bytes for plan in plans)
+    keep_freed_memory()
     progress.stage("write", total=total, unit="B")
     with contextlib.ExitStack() as stack:
         writers = [
