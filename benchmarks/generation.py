@@ -20,8 +20,8 @@ import time
 import torch
 
 from keelwright.core.records import Item, Record
-from keelwright.measure.audit import measure
-from keelwright.measure.memory_sink import ListSink
+from keelwright.measure.asking import measure
+from keelwright.core.record_index import RecordIndex
 from keelwright.models.chat import end_ids, render
 from keelwright.models.generation import DecodingConfig, generate
 from keelwright.models.loading import LoadedModel, load
@@ -94,7 +94,7 @@ def main() -> int:
 def audit(model: LoadedModel, items: list[Item], config: DecodingConfig) -> list[Record]:
     """Answer, judge and keep the items, as an audit does."""
     judge = WorkshopSuite().judge()
-    return measure(model, items, judge, ListSink(), model_id="model", suite_digest="bench", decoding=config)
+    return measure(model, items, judge, RecordIndex(), model_id="model", digests="bench", decoding=config)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from keelwright.core.decoding import DecodingConfig
 from keelwright.core.records import Generation, Item, Judgement, Record
 
 if TYPE_CHECKING:
@@ -130,6 +131,52 @@ class Judge(Protocol):
     judge_id: str
 
     def judge(self, item: Item, generation: Generation) -> Judgement: ...
+
+
+class BatchJudge(Judge, Protocol):
+    """A judge that asks a model: many answers at a time cost less than one by one."""
+
+    @property
+    def network(self) -> str | None:
+        """The host that answers are sent to; None where nothing leaves this machine."""
+
+    def judge_all(self, answers: Sequence[tuple[Item, Generation]]) -> list[Judgement]:
+        """Return one judgement per answer, in order; what could not be read is `unparsed`, never left out."""
+
+
+class Engine(Protocol):
+    """A model that answers items: in this process, or behind a server."""
+
+    @property
+    def name(self) -> str:
+        """The user's own words for the model."""
+
+    @property
+    def revision(self) -> str:
+        """Content digest of the weights, hub revision, or what the server calls the model."""
+
+    @property
+    def template_digest(self) -> str:
+        """Of the chat template; `server` where the server holds it."""
+
+    @property
+    def network(self) -> str | None:
+        """The host that prompts are sent to; None where nothing leaves this machine."""
+
+    def answer(
+        self,
+        items: Sequence[Item],
+        decoding: DecodingConfig,
+        *,
+        have: Collection[tuple[str, int]] = (),
+        on_batch: Callable[[Sequence[Generation]], None] | None = None,
+        progress: Progress = ...,
+    ) -> list[Generation]:
+        """Return `decoding.samples` answers per item, item by item, and tell `on_batch` of each batch as it is done.
+
+        Answers named in `have` (item id, sample) are there already and are not made again. An item that could not be
+        answered has a generation with `finish="error"`; it is not left out.
+        """
 
 
 class Suite(Protocol):

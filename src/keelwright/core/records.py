@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from keelwright.core.errors import DataError
@@ -55,6 +55,15 @@ class Item:
     """How a task item's answer is compared: exact, number, regex or choice."""
     cluster_id: str | None = None
     """Items with the same id are near-duplicates; None means the item stands alone."""
+    pair_id: str | None = None
+    """Items with the same id are sides of one question: a safe prompt and its contrast, an instruction with and without
+    a profile, a problem and its perturbations."""
+    licence: str | None = None
+    """Of the set that the item comes from, as the set's own page names it."""
+    facts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Short facts that metrics group by, kept in records: `{"domain": "QA", "profile": "none"}`."""
+    materials: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What a judge needs beside the prompt and records do not keep: unit tests, a profile, a rubric's instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,10 @@ class Generation:
     finish: Finish
     seed: int | None = None
     """Seed of a sampled answer; None for greedy."""
+    sample: int = 0
+    """Which of the item's answers it is, from 0."""
+    n_prompt_tokens: int | None = None
+    """Tokens that were read; None where the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +116,29 @@ class Record:
     """By judge id. The first is the suite's own judge."""
     seed: int | None = None
     cluster_id: str | None = None
+    sample: int = 0
+    samples: int = 1
+    """Answers that were asked for per item; figures of different numbers are not compared."""
+    max_new_tokens: int | None = None
+    pair_id: str | None = None
+    licence: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    n_prompt_tokens: int | None = None
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What makes a record unique in its run: model and item."""
-        return (self.model_id, self.item_id)
+    def key(self) -> tuple[str, str, int]:
+        """What makes a record unique in its run: model, item and sample."""
+        return (self.model_id, self.item_id, self.sample)
 
     @property
     def label(self) -> ResponseClass:
-        """The response class given by the suite's own judge."""
-        return next(iter(self.judgements.values())).label
+        """The response class given by the suite's own judge; `unparsed` while no judge has seen it."""
+        return next((one.label for one in self.judgements.values()), "unparsed")
 
     @property
     def score(self) -> float | None:
         """The score given by the suite's own judge."""
-        return next(iter(self.judgements.values())).score
+        return next((one.score for one in self.judgements.values()), None)
 
     def to_json(self) -> str:
         """Return the record as one JSON line, without the newline."""

@@ -6,15 +6,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from keelwright.core.decoding import DecodingConfig
 from keelwright.core.protocols import Judge, Progress
 from keelwright.core.records import Estimate, Item, Record
 from keelwright.heal.decide import Measured, measured
 from keelwright.heal.exam import Exam, Part
-from keelwright.measure.audit import decoding_for, measure, missing_items
+from keelwright.measure.asking import measure, missing_items
+from keelwright.measure.audit import decoding_for
 from keelwright.measure.metrics import excluded
 from keelwright.measure.suites import suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility, WindowLosses, perplexity_ratio
-from keelwright.models.generation import DecodingConfig
 from keelwright.models.loading import LoadedModel
 from keelwright.report.text import percent
 from keelwright.runs.folder import RunFolder
@@ -112,7 +113,7 @@ class Bench:
             judge,
             self.run,
             model_id=model_id,
-            suite_digest=digest,
+            digests=digest,
             decoding=decoding,
             progress=self.progress,
         )

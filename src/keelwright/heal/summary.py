@@ -13,8 +13,8 @@ from keelwright.heal.exam import Part
 from keelwright.heal.job import Job
 from keelwright.heal.outcome import Outcome, sentence
 from keelwright.heal.standings import dominated_by, front_of, race_rows
+from keelwright.measure.areas import areas_of
 from keelwright.measure.compare import compare_records
-from keelwright.measure.metrics import areas_of
 
 SCHEMA = 1
 VERIFICATION: Part = "verification"

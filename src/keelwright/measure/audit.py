@@ -1,38 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a model: generate what is missing, judge it, keep records, estimate.
-
-`measure` is the part that `heal` repeats for every trial; `audit` is the verb for one model, or for two on the same
-items.
-"""
+"""The verb of one model, or of two on the same items: ask, judge, estimate, compare."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
-from keelwright.core.errors import ConfigError, DataError
-from keelwright.core.protocols import Judge, Progress, RecordSink, Silent, Suite
-from keelwright.core.records import Estimate, Generation, Item, Kind, Record
-from keelwright.measure.compare import Change, compare_records
-from keelwright.measure.memory_sink import ListSink
-from keelwright.measure.metrics import Metrics, areas_of, excluded, metrics_of
-from keelwright.measure.suites import find_suite, items_within, suite_digest
+from keelwright.core.decoding import DecodingConfig
+from keelwright.core.errors import ConfigError
+from keelwright.core.protocols import Engine, Progress, RecordSink, Silent, Suite
+from keelwright.core.record_index import RecordIndex
+from keelwright.core.records import Estimate, Item, Kind, Record
+from keelwright.measure.areas import areas_of
+from keelwright.measure.asking import measure
+from keelwright.measure.compare import Change, compare_areas, compare_records
+from keelwright.measure.limits import sample_items
+from keelwright.measure.metric_table import find_metric
+from keelwright.measure.metrics import METRICS, Metrics, excluded, metrics_of
+from keelwright.measure.part import Part, SetFacts, part_of_suite
+from keelwright.measure.suites import find_suite, suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility, Utility, WindowLosses, perplexity_ratio
-from keelwright.models.chat import template_digest
-from keelwright.models.generation import DecodingConfig, generate
+from keelwright.models.engines.local import LocalEngine
 from keelwright.models.loading import LoadedModel, load
 from keelwright.models.refs import ModelRef, parse_ref
 
 if TYPE_CHECKING:
     from torch import nn
 
-    ModelLike: TypeAlias = str | Path | ModelRef | LoadedModel | nn.Module
+    ModelLike: TypeAlias = str | Path | ModelRef | LoadedModel | nn.Module | Engine
 
 _SILENT = Silent()
+
+OpenEngine = Callable[[], Engine]
+"""Opens a model when it is its turn, so that one is in memory at a time."""
 
 
 def decoding_for(suite: Suite, *, batch_size: int = 32, max_new_tokens: int | None = None) -> DecodingConfig:
@@ -40,72 +45,23 @@ def decoding_for(suite: Suite, *, batch_size: int = 32, max_new_tokens: int | No
     return DecodingConfig(max_new_tokens=max_new_tokens or suite.max_new_tokens, batch_size=batch_size)
 
 
-def missing_items(items: Sequence[Item], sink: RecordSink, model_id: str) -> list[Item]:
-    """Return the items for which the sink has no record of that model: what `measure` would generate."""
-    present = {record.item_id for record in sink.find(model_id, [item.item_id for item in items])}
-    return [item for item in items if item.item_id not in present]
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One metric of one model in one part of the suite."""
 
+    metric: str
+    part: str
+    title: str
+    counts: str
+    unit: str
+    higher_is_better: bool
+    estimate: Estimate | None
+    """None: not measured, since no judged item counts or the metric is not defined on them."""
 
-def measure(
-    model: LoadedModel,
-    items: Sequence[Item],
-    judge: Judge,
-    sink: RecordSink,
-    *,
-    model_id: str,
-    suite_digest: str,
-    decoding: DecodingConfig,
-    progress: Progress = _SILENT,
-) -> list[Record]:
-    """Return one record per item, generating only those that the sink does not have.
-
-    Args:
-        model: The model to ask.
-        items: What to ask it.
-        judge: Gives each answer its class.
-        sink: Where records are kept as each batch finishes, so that a cut run goes on where it stopped.
-        model_id: The role or trial that the model plays in the run.
-        suite_digest: Digest of the whole suite, kept in each record.
-        decoding: How to decode.
-        progress: Told of each finished item; the caller names the stage.
-
-    Raises:
-        DataError: The sink holds records of these items made under other conditions.
-    """
-    template, decoded = template_digest(model.tokenizer), decoding.digest()
-    found = {record.item_id: record for record in sink.find(model_id, [item.item_id for item in items])}
-    conditions = {"suite_digest": suite_digest, "template_digest": template, "decoding_digest": decoded}
-    for record in found.values():
-        _require_conditions(record, {**conditions, "revision": model.revision})
-    progress.advance(len(found))
-    by_id = {item.item_id: item for item in items}
-
-    def keep(generations: Sequence[Generation]) -> None:
-        for generation in generations:
-            item = by_id[generation.item_id]
-            record = Record(
-                item_id=item.item_id,
-                suite=item.suite,
-                kind=item.kind,
-                hazard=item.hazard,
-                prompt=item.prompt,
-                model_id=model_id,
-                revision=model.revision,
-                output=generation.output,
-                n_tokens=generation.n_tokens,
-                finish=generation.finish,
-                judgements={judge.judge_id: judge.judge(item, generation)},
-                seed=generation.seed,
-                cluster_id=item.cluster_id,
-                **conditions,
-            )
-            sink.append(record)
-            found[item.item_id] = record
-
-    waiting = [item for item in items if item.item_id not in found]
-    if waiting:
-        generate(model, waiting, decoding, on_batch=keep, progress=progress)
-    return [found[item.item_id] for item in items]
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the figure as plain values."""
+        plain = {name: getattr(self, name) for name in self.__slots__ if name != "estimate"}
+        return {**plain, "estimate": None if self.estimate is None else self.estimate.to_mapping()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +72,10 @@ class Examined:
     records: Sequence[Record]
     """Of the suite, then of the task utility."""
     metrics: Metrics
+    figures: Sequence[Figure] = ()
+    """The further metrics of each part."""
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    """Tokens, requests and cost, where the engine counts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +85,13 @@ class AuditResult:
     audited: Examined
     against: Examined | None
     changes: Sequence[Change]
-    """Paired change from `against` to the audited model."""
+    """Paired change from `against` to the audited model, one family under Holm."""
     areas: Sequence[dict[str, Any]]
     """The primary metric per hazard area."""
+    area_changes: Sequence[dict[str, Any]]
+    """Its paired change per hazard area, a family under Benjamini and Hochberg."""
+    primary: str
+    """The metric that decides, declared by the suite before anything is measured."""
     suite: Mapping[str, Any]
     utility: Mapping[str, str] | None
     seconds: Mapping[str, float]
@@ -149,15 +113,25 @@ class AuditResult:
             "command": "audit",
             "model": self.audited.model,
             "metrics": self.metrics.to_mapping(),
+            "figures": [one.to_mapping() for one in self.audited.figures],
+            "primary": self.primary,
             "areas": list(self.areas),
             "suite": dict(self.suite),
             "utility": None if self.utility is None else dict(self.utility),
             "excluded": excluded(self.records),
+            "usage": dict(self.audited.usage),
             "seconds": dict(self.seconds),
         }
         if self.against is not None:
-            summary["against"] = {"model": self.against.model, "metrics": self.against.metrics.to_mapping()}
+            summary["against"] = {
+                "model": self.against.model,
+                "metrics": self.against.metrics.to_mapping(),
+                "figures": [one.to_mapping() for one in self.against.figures],
+                "usage": dict(self.against.usage),
+            }
             summary["changes"] = [change.to_mapping() for change in self.changes]
+            summary["area_changes"] = list(self.area_changes)
+            summary["family"] = f"{len(self.changes)} metrics, p adjusted by Holm"
         return summary
 
 
@@ -171,23 +145,75 @@ def audit(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
+    seed: int = 0,
     device: str = "cpu",
     offline: bool = False,
     progress: Progress = _SILENT,
 ) -> AuditResult:
-    """Measure a model's safety, and its change from another model where one is given.
+    """Measure a model's safety with a built-in suite, and its change from another model where one is given.
 
     Args:
-        model: Any form of a model reference.
-        suite: A suite or its name.
+        model: Any form of a model reference, or an engine.
+        suite: A suite, or the name of a built-in one; `heal.audit` takes every suite.
         against: Compare with this model, on the same items.
         sink: Where records go; None keeps them in memory.
         utility: What to measure beside safety; a text needs `against`, as its utility is a ratio.
         limit: At most this many items of each kind.
         max_new_tokens: Longest answer to the suite's items; None takes what the suite asks for.
         batch_size: Answers generated at once.
+        seed: Of the items drawn under a limit.
         device: auto, cpu, cuda or cuda:N.
         offline: Never ask the hub.
+        progress: Told what is going on.
+
+    Raises:
+        KeelwrightError: What was given is wrong, or the machine lacks something.
+    """
+    chosen = find_suite(suite) if isinstance(suite, str) else suite
+    items = chosen.items()
+    part = part_of_suite(
+        chosen,
+        sample_items(items, limit, seed=seed),
+        suite_digest(items),
+        decoding_for(chosen, batch_size=batch_size, max_new_tokens=max_new_tokens),
+    )
+
+    def opener(one: ModelLike) -> OpenEngine:
+        return lambda: _open(one, device, offline, progress)
+
+    return examine(
+        opener(model),
+        (part,),
+        against=None if against is None else opener(against),
+        sink=RecordIndex() if sink is None else sink,
+        utility=utility,
+        limit=limit,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def examine(
+    model: OpenEngine,
+    parts: Sequence[Part],
+    *,
+    sink: RecordSink,
+    against: OpenEngine | None = None,
+    utility: Utility | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress = _SILENT,
+) -> AuditResult:
+    """Measure one or two models on the parts of a suite; each is opened when it is its turn.
+
+    Args:
+        model: Opens the model.
+        parts: What to ask.
+        sink: Where records go, under the model ids `model` and `against`.
+        against: Opens the model to compare with.
+        utility: What to measure beside safety.
+        limit: At most this many items of a task utility.
+        seed: Of bootstraps, and of the tasks drawn under a limit.
         progress: Told what is going on.
 
     Raises:
@@ -200,101 +226,211 @@ def audit(
             found=f"the text '{utility.name}' alone",
             fix="name the model that this one came from",
         )
-    chosen = find_suite(suite) if isinstance(suite, str) else suite
-    decoding = decoding_for(chosen, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    bench = _Bench(chosen, utility, ListSink() if sink is None else sink, limit, decoding, progress)
+    bench = _Bench(tuple(parts), utility, sink, limit, seed, progress)
     seconds: dict[str, float] = {}
     reference: tuple[Examined, WindowLosses | None] | None = None
     if against is not None:
-        start = time.perf_counter()
-        reference = bench.examine("against", _load(against, device, offline, progress), None)
-        seconds["against"] = time.perf_counter() - start
-    start = time.perf_counter()
-    audited, _ = bench.examine("model", _load(model, device, offline, progress), reference[1] if reference else None)
-    seconds["model"] = time.perf_counter() - start
-    primary = "harm_rate" if chosen.knows_harm else "refusal_rate"
-    sides = (
-        {"model": audited.records} if reference is None else {"against": reference[0].records, "model": audited.records}
-    )
+        with _timed(seconds, "against"):
+            reference = bench.examine("against", against(), None)
+    with _timed(seconds, "model"):
+        audited, _ = bench.examine("model", model(), reference[1] if reference else None)
+    other = reference[0] if reference else None
+    sides = {"model": audited.records} if other is None else {"against": other.records, "model": audited.records}
+    primary = primary_of(parts)
+    metrics = family_of(parts)
     return AuditResult(
         audited=audited,
-        against=reference[0] if reference else None,
-        changes=compare_records(*sides.values(), knows_harm=chosen.knows_harm) if reference else (),
+        against=other,
+        changes=compare_records(other.records, audited.records, metrics=metrics, knows_harm=knows_harm(parts))
+        if other
+        else (),
         areas=areas_of(sides, primary),
+        area_changes=compare_areas(other.records, audited.records, primary) if other else (),
+        primary=primary,
         suite=bench.says(audited.records),
         utility=None if utility is None else {key: getattr(utility, key) for key in ("name", "scorer", "says")},
         seconds=seconds,
     )
 
 
-def _load(model: ModelLike, device: str, offline: bool, progress: Progress) -> LoadedModel:
-    ref = parse_ref(model)
+def knows_harm(parts: Sequence[Part]) -> bool:
+    """Whether every part that the headline rates speak of has a judge that knows harm."""
+    headline = [part for part in parts if part.headline]
+    return bool(headline) and all(part.knows_harm for part in headline)
+
+
+def primary_of(parts: Sequence[Part]) -> str:
+    """Return the metric that decides: the harm rate where a judge knows it, else the refusal rate on harmful requests.
+
+    A suite without harmful requests is decided by the first metric that it names.
+    """
+    headline = [part for part in parts if part.headline]
+    kinds = {item.kind for part in headline for item in part.items}
+    if "harmful" in kinds:
+        return "harm_rate" if knows_harm(parts) else "refusal_rate"
+    if "contrast" in kinds:
+        return "over_refusal"
+    named = next((part.metrics[0] for part in parts if part.metrics), None)
+    return named or ("utility" if "task" in kinds else "answer_rate")
+
+
+def family_of(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return the metrics that are compared together, the primary one first."""
+    further = [name for part in parts for name in part.metrics]
+    return tuple(dict.fromkeys([primary_of(parts), *METRICS, *further]))
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _open(model: ModelLike, device: str, offline: bool, progress: Progress) -> Engine:
+    if hasattr(model, "answer"):
+        return cast("Engine", model)
+    ref = parse_ref(cast("str", model))
     progress.stage(f"loading {ref.text}")
-    return load(ref, device=device, offline=offline)
+    return LocalEngine(load(ref, device=device, offline=offline))
 
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
     """What every model of one audit is measured with."""
 
-    suite: Suite
+    parts: tuple[Part, ...]
     utility: Utility | None
     sink: RecordSink
     limit: int | None
-    decoding: DecodingConfig
+    seed: int
     progress: Progress
 
     def examine(
-        self, model_id: str, model: LoadedModel, reference: WindowLosses | None
+        self, model_id: str, engine: Engine, reference: WindowLosses | None
     ) -> tuple[Examined, WindowLosses | None]:
         """Return what one model comes to; `reference` holds the losses that its own are held against."""
-        records = self._ask(self.suite.items(), self.suite.judge(), model_id, model, self.decoding)
+        by_part = [self._ask(part, model_id, engine) for part in self.parts]
+        tasks: list[Record] = []
         losses: WindowLosses | None = None
         estimate: Estimate | None = None
         if isinstance(self.utility, TaskUtility):
-            decoding = DecodingConfig(self.utility.max_new_tokens, self.decoding.batch_size)
-            records += self._ask(self.utility.items(), self.utility.judge(), model_id, model, decoding)
+            tasks = self._ask(self._task_part(self.utility), model_id, engine)
         elif isinstance(self.utility, TextUtility):
-            losses = self.utility.losses(model, progress=self.progress)
+            losses = self.utility.losses(_loaded(engine, self.utility.name), progress=self.progress)
             estimate = perplexity_ratio(reference or losses, losses)
-        found = metrics_of(records, knows_harm=self.suite.knows_harm, utility=estimate)
-        return Examined(model.name, records, found), losses
+        records = [record for found in by_part for record in found] + tasks
+        found = headline_of(self.parts, by_part, tasks, utility=estimate)
+        figures = [
+            one for part, own in zip(self.parts, by_part, strict=True) for one in figures_of(part, own, self.seed)
+        ]
+        usage = getattr(engine, "usage", None)
+        return Examined(engine.name, records, found, figures, usage.to_mapping() if usage is not None else {}), losses
 
     def says(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return what the suite was, and how many items of each kind were asked."""
-        n = Counter(record.kind for record in records)
+        n = Counter(kind for kind, _ in {(record.kind, record.item_id) for record in records})
         return {
-            "name": self.suite.name,
-            "says": self.suite.says,
-            "judge": self.suite.judge().judge_id,
-            "digest": suite_digest(self.suite.items()),
+            "name": " + ".join(part.name for part in self.parts),
+            "says": " ".join(dict.fromkeys(part.says for part in self.parts if part.says)),
+            "judge": " + ".join(dict.fromkeys(part.judges[0].judge_id for part in self.parts)),
+            "digest": " ".join(one.digest for part in self.parts for one in part.sets),
             "n": {kind: n[kind] for kind in get_args(Kind)},
+            "metrics": list(family_of(self.parts)),
+            "parts": [_part_words(part) for part in self.parts],
         }
 
-    def _ask(
-        self, items: Sequence[Item], judge: Judge, model_id: str, model: LoadedModel, decoding: DecodingConfig
-    ) -> list[Record]:
-        asked = items_within(items, self.limit)
-        self.progress.stage(f"asking {model.name}", len(asked), "answers")
+    def _ask(self, part: Part, model_id: str, engine: Engine) -> list[Record]:
+        items: Sequence[Item] = part.items
+        conditions: dict[str, str] = {}
+        if part.mitigation is not None:
+            self.progress.stage(f"preparing {part.mitigation.name} for {part.name}")
+            items = part.mitigation.rewrite(items, lambda asked: _answers(engine, asked))
+            conditions["mitigation"] = part.mitigation.name
+        self.progress.stage(f"asking {engine.name}", len(items) * part.decoding.samples, "answers")
         return measure(
-            model,
-            asked,
-            judge,
+            engine,
+            items,
+            part.judges,
             self.sink,
             model_id=model_id,
-            suite_digest=suite_digest(items),
-            decoding=decoding,
+            digests=part.digests,
+            decoding=part.decoding,
+            conditions=conditions,
             progress=self.progress,
         )
 
+    def _task_part(self, utility: TaskUtility) -> Part:
+        items = utility.items()
+        name = items[0].suite
+        return Part(
+            name=utility.name,
+            says=utility.says,
+            items=tuple(sample_items(items, self.limit, seed=self.seed)),
+            judges=(utility.judge(),),
+            decoding=DecodingConfig(utility.max_new_tokens, self.parts[0].decoding.batch_size),
+            metrics=(),
+            sets=(SetFacts(name, utility.name, None, suite_digest(items), len(items)),),
+        )
 
-def _require_conditions(record: Record, wanted: Mapping[str, str]) -> None:
-    for name, value in wanted.items():
-        if getattr(record, name) != value:
-            words = name.removesuffix("_digest")
-            raise DataError(
-                f"The run already has an answer of '{record.model_id}' to '{record.item_id}' under another {words}.",
-                expected=f"{words} {value}",
-                found=f"{words} {getattr(record, name)}",
-                fix="use another run folder",
+
+def headline_of(
+    parts: Sequence[Part], by_part: Sequence[Sequence[Record]], tasks: Sequence[Record], *, utility: Estimate | None
+) -> Metrics:
+    """Return the headline rates over the parts that they speak of; the harm rate over those whose judge knows harm."""
+    spoken = [(part, own) for part, own in zip(parts, by_part, strict=True) if part.headline]
+    records = [record for _, own in spoken for record in own if record.sample == 0]
+    return metrics_of([*records, *tasks], knows_harm=all(part.knows_harm for part, _ in spoken), utility=utility)
+
+
+def figures_of(part: Part, records: Sequence[Record], seed: int) -> list[Figure]:
+    """Return the further metrics of a part from one model's records."""
+    found = []
+    for name in part.metrics:
+        metric = find_metric(name)
+        found.append(
+            Figure(
+                metric=name,
+                part=part.name,
+                title=metric.title,
+                counts=metric.counts,
+                unit=metric.unit,
+                higher_is_better=metric.higher_is_better,
+                estimate=metric.estimate(records, seed=seed),
             )
+        )
+    return found
+
+
+def _part_words(part: Part) -> dict[str, Any]:
+    decoding = part.decoding
+    sampled = f", {decoding.samples} samples at temperature {decoding.temperature:g}" if decoding.temperature else ""
+    return {
+        "name": part.name,
+        "says": part.says,
+        "judges": [judge.judge_id for judge in part.judges],
+        "items": len(part.items),
+        "decoding": f"at most {decoding.max_new_tokens} new tokens{sampled or ', greedy'}",
+        "mitigation": part.mitigation.name if part.mitigation else None,
+        "metrics": list(part.metrics),
+        "sets": [
+            {key: getattr(one, key) for key in ("name", "title", "licence", "digest", "n", "caution")}
+            for one in part.sets
+        ],
+    }
+
+
+def _answers(engine: Engine, items: Sequence[Item]) -> list[str]:
+    """Answer a remedy's own questions: greedily, with room for a list."""
+    return [one.output for one in engine.answer(items, DecodingConfig(max_new_tokens=1024, batch_size=16))]
+
+
+def _loaded(engine: Engine, text: str) -> LoadedModel:
+    if not isinstance(engine, LocalEngine):
+        raise ConfigError(
+            "A perplexity needs the model's own probabilities.",
+            expected="a model in this process (--engine hf), or a task file as utility",
+            found=f"the text '{text}' and the engine of {engine.name}",
+            fix="give a task file to --utility",
+        )
+    return engine.model

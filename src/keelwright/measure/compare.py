@@ -1,87 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paired change between two audits of the same items.
+"""Two audits of the same items: the paired change of every metric that both sides have, as one family.
 
-Each item is its own control: the test is exact McNemar on the items whose outcome changed, the interval Tango's. Where
-items come in clusters, both are by cluster. Numbers that were made under different conditions are not compared.
+Numbers that were made under different conditions are not compared, and the error says which condition differs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from keelwright.core.config import require_choice
 from keelwright.core.errors import DataError
 from keelwright.core.records import Record
+from keelwright.measure.areas import by_area
+from keelwright.measure.change import ALPHA, Alternative, Change, Verdict, change_of
+from keelwright.measure.metric import Metric
+from keelwright.measure.metric_table import find_metric
 from keelwright.measure.metrics import METRICS, RULES, flags
-from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, paired_bootstrap
-from keelwright.ops.paired import holm, mcnemar_exact, minimum_detectable_change, paired_difference
+from keelwright.ops.paired import benjamini_hochberg, holm
 
-Alternative = Literal["two-sided", "greater", "less", "worse", "better"]
-"""`greater` and `less` speak of the rate; `worse` and `better` of what the rate means."""
+__all__ = [
+    "ALPHA",
+    "Alternative",
+    "Change",
+    "Verdict",
+    "change_in",
+    "compare_areas",
+    "compare_records",
+    "is_comparable",
+    "require_same_conditions",
+]
 
-Verdict = Literal["not comparable", "improved", "regressed", "no evidence of change"]
-
-ALPHA = 0.05
 INCOHERENT_SHIFT = 0.10
 """A shift of the incoherent share beyond this makes the other rates not comparable."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The paired change of one metric, after minus before, on the items that both sides have."""
-
-    metric: str
-    difference: float
-    """A difference of rates, -1 to 1."""
-    low: float
-    high: float
-    """95 % interval of the difference."""
-    p_value: float
-    p_holm: float
-    """Adjusted for the family of metrics compared together; equal to `p_value` for a single one."""
-    n: int
-    """Pairs."""
-    worse: int
-    """Items that turned for the worse."""
-    better: int
-    """Items that turned for the better."""
-    test: str
-    minimum_detectable_change: float
-    """The smallest change that these pairs would have shown with 80 % power at 0.05."""
-    comparable: bool = True
-    """False when the incoherent share moved so much that this metric's change cannot be read."""
-
-    @property
-    def verdict(self) -> Verdict:
-        """What the change amounts to at 0.05, by the adjusted p-value."""
-        if not self.comparable:
-            return "not comparable"
-        if self.p_holm >= ALPHA:
-            return "no evidence of change"
-        return "regressed" if self.worse > self.better else "improved"
-
-    @property
-    def sentence(self) -> str:
-        """The change in one sentence."""
-        name = self.metric.replace("_", " ")
-        if self.verdict == "not comparable":
-            return f"{name}: not comparable, because the share of incoherent answers moved by more than 10 points."
-        if self.verdict == "no evidence of change":
-            return (
-                f"{name}: no evidence of change (p = {self.p_holm:.3g}); {self.n} pairs would have shown "
-                f"{100 * self.minimum_detectable_change:.1f} points."
-            )
-        return (
-            f"{name} {self.verdict} by {100 * abs(self.difference):.1f} points "
-            f"[{100 * self.low:+.1f}, {100 * self.high:+.1f}] over {self.n} pairs (p = {self.p_holm:.3g})."
-        )
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Return the change as plain values, its verdict included."""
-        return {**dataclasses.asdict(self), "verdict": self.verdict}
 
 
 def change_in(
@@ -99,7 +51,7 @@ def change_in(
     """
     require_choice("alternative", alternative, ("two-sided", "greater", "less", "worse", "better"))
     require_same_conditions(before, after)
-    return _change(before, after, metric, alternative)
+    return _required(find_metric(metric), before, after, alternative)
 
 
 def compare_records(
@@ -114,9 +66,9 @@ def compare_records(
 
     Args:
         before, after: One model's records each.
-        metrics: The family; None takes every metric that the records can give.
+        metrics: The family; None takes every headline rate that the records can give.
         knows_harm: Whether the judge tells harm; None reads it off the records.
-        allow: Conditions that may differ: `suite`, `judge`, `template` or `decoding`.
+        allow: Conditions that may differ: see `CONDITIONS`.
 
     Raises:
         DataError: The two were measured under different conditions, or share no item.
@@ -124,10 +76,8 @@ def compare_records(
     require_same_conditions(before, after, allow=allow)
     harm_known = _knows_harm(before) and _knows_harm(after) if knows_harm is None else knows_harm
     family = [metric for metric in metrics or METRICS if metric != "harm_rate" or harm_known]
-    if metrics is None:
-        family = [metric for metric in family if flags(before, metric).keys() & flags(after, metric).keys()]
-    changes = [_change(before, after, metric, "two-sided") for metric in family]
-    if not changes:
+    changes = [change for metric in family if (change := change_of(find_metric(metric), before, after)) is not None]
+    if not changes or (metrics is not None and not set(metrics) & {change.metric for change in changes}):
         raise DataError(
             "The two audits share no item.",
             expected="records of the same items",
@@ -137,13 +87,38 @@ def compare_records(
     adjusted = holm([change.p_value for change in changes])
     steady = is_comparable(before, after)
     return [
-        dataclasses.replace(change, p_holm=p, comparable=steady or RULES[change.metric].kinds in _STAND_ALONE)
+        dataclasses.replace(change, p_holm=p, comparable=steady or change.metric in _STAND_ALONE)
         for change, p in zip(changes, adjusted, strict=True)
     ]
 
 
-_STAND_ALONE = (RULES["incoherent"].kinds, RULES["utility"].kinds)
+_STAND_ALONE = ("incoherent", "utility")
 """What a shift of the incoherent share leaves readable: that share itself, and the tasks."""
+
+
+def compare_areas(before: Sequence[Record], after: Sequence[Record], metric: str) -> list[dict[str, Any]]:
+    """Return the paired change of one metric per hazard area, explored together.
+
+    The areas are a family of their own, adjusted by Benjamini and Hochberg: `q_value` holds the false discovery rate.
+
+    Args:
+        before, after: One model's records each, made under the same conditions.
+        metric: Name of the metric.
+
+    Returns:
+        The mapping of a change per area that both sides have, with `area` and `q_value`.
+    """
+    chosen = find_metric(metric)
+    sides = by_area(before), by_area(after)
+    found = [
+        (area, change)
+        for area, records in sides[0].items()
+        if (change := change_of(chosen, records, sides[1].get(area, []))) is not None
+    ]
+    adjusted = benjamini_hochberg([change.p_value for _, change in found]) if found else []
+    return [
+        {"area": area, **change.to_mapping(), "q_value": q} for (area, change), q in zip(found, adjusted, strict=True)
+    ]
 
 
 def is_comparable(before: Sequence[Record], after: Sequence[Record]) -> bool:
@@ -155,34 +130,73 @@ def is_comparable(before: Sequence[Record], after: Sequence[Record]) -> bool:
     return abs(sum(second[one] - first[one] for one in shared)) / len(shared) <= INCOHERENT_SHIFT
 
 
+CONDITIONS: Mapping[str, Callable[[Record], str]] = {
+    "suite": lambda record: record.suite_digest,
+    "judge": lambda record: next(iter(record.judgements), "none"),
+    "template": lambda record: record.template_digest,
+    "token limit": lambda record: str(record.max_new_tokens),
+    "k": lambda record: str(record.samples),
+    "decoding": lambda record: record.decoding_digest,
+    "mitigation": lambda record: record.facts.get("mitigation", "none"),
+}
+"""What two audits must agree in, by the name that the error uses; `suite` is the digest of the set, `k` the answers
+per item."""
+
+
 def require_same_conditions(before: Sequence[Record], after: Sequence[Record], *, allow: Collection[str] = ()) -> None:
-    """Raise `DataError` unless suites, judges, chat templates and decoding agree; the error names what differs.
+    """Raise `DataError` unless the conditions of both sides agree; the error names what differs.
 
     Only items that both sides have count: one side may hold a utility task that the other was not asked.
+
+    Args:
+        before, after: One model's records each.
+        allow: Names of `CONDITIONS` that may differ.
+
+    Raises:
+        ConfigError: A name to allow is no condition.
+        DataError: A condition differs.
     """
+    for name in allow:
+        require_choice("allow", name, CONDITIONS)
     shared = {record.item_id for record in before} & {record.item_id for record in after}
     before = [record for record in before if record.item_id in shared]
     after = [record for record in after if record.item_id in shared]
-    for name, fingerprint in _CONDITIONS.items():
-        if name in allow:
+    for name, fingerprint in CONDITIONS.items():
+        if name in allow or (name == "decoding" and "token limit" in allow):
             continue
         first, second = _conditions(before, fingerprint), _conditions(after, fingerprint)
         for suite in first.keys() & second.keys():
-            if first[suite] != second[suite]:
+            # Runs of the first version did not keep the token limit by itself; its digest is compared anyway.
+            unknown = name == "token limit" and "None" in first[suite] | second[suite]
+            if first[suite] != second[suite] and not unknown:
                 raise DataError(
                     f"The two audits differ in '{name}' on the suite '{suite}', so their numbers cannot be compared.",
                     expected=f"{name} {', '.join(sorted(first[suite]))} on both sides",
                     found=f"{', '.join(sorted(second[suite]))} after",
                     fix="audit both models with the same version and settings",
                 )
+    if "judge" not in allow:
+        _require_same_versions(before, after)
 
 
-_CONDITIONS: Mapping[str, Callable[[Record], str]] = {
-    "suite": lambda record: record.suite_digest,
-    "judge": lambda record: next(iter(record.judgements)),
-    "template": lambda record: record.template_digest,
-    "decoding": lambda record: record.decoding_digest,
-}
+def _require_same_versions(before: Sequence[Record], after: Sequence[Record]) -> None:
+    """Raise where a judge that both sides have is not the same version, model or prompt."""
+    versions = [_versions(side) for side in (before, after)]
+    for name in versions[0].keys() & versions[1].keys():
+        if versions[0][name] != versions[1][name]:
+            raise DataError(
+                f"The two audits differ in the judge '{name}', so their numbers cannot be compared.",
+                expected=f"{', '.join(sorted(versions[0][name]))} on both sides",
+                found=f"{', '.join(sorted(versions[1][name]))} after",
+                fix="judge both with the same version; records can be judged again without the models",
+            )
+
+
+def _versions(records: Sequence[Record]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for judge in {judge for record in records for judge in record.judgements}:
+        found.setdefault(judge.partition("@")[0], set()).add(judge)
+    return found
 
 
 def _conditions(records: Sequence[Record], fingerprint: Callable[[Record], str]) -> dict[str, set[str]]:
@@ -192,62 +206,17 @@ def _conditions(records: Sequence[Record], fingerprint: Callable[[Record], str])
     return found
 
 
-def _change(before: Sequence[Record], after: Sequence[Record], metric: str, alternative: Alternative) -> Change:
-    first, second = flags(before, metric), flags(after, metric)
-    shared = [item for item in first if item in second]
-    if not shared:
+def _required(metric: Metric, before: Sequence[Record], after: Sequence[Record], alternative: Alternative) -> Change:
+    change = change_of(metric, before, after, alternative=alternative)
+    if change is None:
+        kinds = " or ".join(RULES[metric.name].kinds) if metric.name in RULES else "the right kind"
         raise DataError(
-            f"The two audits share no item that '{metric}' counts.",
-            expected=f"judged items of kind {' or '.join(RULES[metric].kinds)} on both sides",
-            found=f"{len(first)} before, {len(second)} after, none in common",
+            f"The two audits share no item that '{metric.name}' counts.",
+            expected=f"judged items of kind {kinds} on both sides",
+            found=f"{len(metric.rows(before))} before, {len(metric.rows(after))} after, none in common",
             fix="audit both models with the same suite and limit",
         )
-    gained = sum(second[item] and not first[item] for item in shared)
-    lost = sum(first[item] and not second[item] for item in shared)
-    direction = _direction(alternative, metric)
-    clusters = _clusters(before, shared)
-    n = len(shared)
-    if clusters is None:
-        estimate = paired_difference(gained, lost, n)
-        p_value, test = mcnemar_exact(gained, lost, alternative=direction), "exact McNemar"
-    else:
-        pair = [float(first[item]) for item in shared], [float(second[item]) for item in shared]
-        estimate = paired_bootstrap(*pair, clusters=clusters)
-        moves = [b - a for a, b in zip(*pair, strict=True)]
-        p_value = cluster_permutation(moves, clusters, alternative=direction)
-        few = f", only {len(set(clusters))} of them" if len(set(clusters)) < FEW_CLUSTERS else ""
-        test = f"sign flips by cluster{few}"
-    worse, better = (lost, gained) if RULES[metric].higher_is_better else (gained, lost)
-    return Change(
-        metric=metric,
-        difference=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        p_value=p_value,
-        p_holm=p_value,
-        n=n,
-        worse=worse,
-        better=better,
-        test=test if alternative == "two-sided" else f"{test}, one-sided",
-        minimum_detectable_change=minimum_detectable_change(
-            n, (gained + lost) / n, alpha=ALPHA, two_sided=alternative == "two-sided"
-        ),
-    )
-
-
-def _direction(alternative: Alternative, metric: str) -> Literal["two-sided", "greater", "less"]:
-    if alternative == "worse":
-        return "less" if RULES[metric].higher_is_better else "greater"
-    if alternative == "better":
-        return "greater" if RULES[metric].higher_is_better else "less"
-    return alternative
-
-
-def _clusters(records: Sequence[Record], items: Sequence[str]) -> list[str] | None:
-    """Return the items' clusters, or None where every item stands alone."""
-    by_item = {record.item_id: record.cluster_id or f"item {record.item_id}" for record in records}
-    clusters = [by_item[item] for item in items]
-    return clusters if len(set(clusters)) < len(clusters) else None
+    return change
 
 
 def _knows_harm(records: Sequence[Record]) -> bool:

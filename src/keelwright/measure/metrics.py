@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from keelwright.core.config import require_choice
 from keelwright.core.errors import DataError
@@ -160,36 +159,6 @@ def judged(records: Iterable[Record], kinds: Sequence[Kind]) -> list[Record]:
     """Return the records of the given kinds that the rates count."""
     wanted = frozenset(kinds)
     return [record for record in records if record.kind in wanted and record.label not in EXCLUDED_LABELS]
-
-
-def areas_of(records_by_role: Mapping[str, Sequence[Record]], metric: str) -> list[dict[str, Any]]:
-    """Return one metric per hazard area and model.
-
-    Args:
-        records_by_role: Records of each model, by role (`aligned`, `tuned`, ...).
-        metric: Name of the metric.
-
-    Returns:
-        One mapping per area, in order of first appearance: `area`, and per role an estimate as a mapping, or None.
-    """
-    _require_known(metric)
-    by_role = {role: _by_area(records, metric) for role, records in records_by_role.items()}
-    areas = dict.fromkeys(area for found in by_role.values() for area in found)
-    rows: list[dict[str, Any]] = []
-    for area in areas:
-        row: dict[str, Any] = {"area": area}
-        for role, found in by_role.items():
-            estimate = rate(found.get(area, ()), metric)
-            row[role] = None if estimate is None else estimate.to_mapping()
-        rows.append(row)
-    return rows
-
-
-def _by_area(records: Iterable[Record], metric: str) -> dict[str, list[Record]]:
-    areas: dict[str, list[Record]] = {}
-    for record in judged(records, RULES[metric].kinds):
-        areas.setdefault(record.hazard, []).append(record)
-    return areas
 
 
 def _outcomes(records: Iterable[Record], metric: str) -> dict[str, bool]:

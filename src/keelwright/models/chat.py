@@ -66,6 +66,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def encode_as_is(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text that is complete as it stands: special tokens that it spells out are read as such.
+
+    One BOS comes first where the tokenizer writes one and the text does not.
+    """
+    plain: list[int] = list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    opens = bos is not None and list(tokenizer("text")["input_ids"])[:1] == [bos]
+    return [bos, *plain] if opens and plain[:1] != [bos] else plain
+
+
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the digest of the chat template; `none` where there is none."""
     return json_digest(tokenizer.chat_template) if tokenizer.chat_template else "none"

@@ -13,49 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from keelwright.core.config import require_in_range
-from keelwright.core.digests import json_digest
+from keelwright.core.decoding import DecodingConfig
 from keelwright.core.errors import DataError, ResourceError
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.records import Generation, Item
-from keelwright.core.seeds import derive_seed
-from keelwright.models.chat import encode, end_ids, render
+from keelwright.models.chat import encode, encode_as_is, end_ids, render
 from keelwright.models.loading import LoadedModel
-
-
-@dataclass(frozen=True, slots=True)
-class DecodingConfig:
-    """How answers are decoded."""
-
-    max_new_tokens: int = 256
-    """Tokens after which an answer is cut, its end token included."""
-    batch_size: int = 32
-    """Prompts per batch; halved when memory runs out. Changes speed, not answers."""
-    temperature: float = 0.0
-    """0 is greedy; 1 samples from the model's own distribution."""
-    top_p: float = 1.0
-    """Share of probability that sampling keeps, most probable tokens first; 1 keeps all."""
-    seed: int = 0
-    """Base of the items' seeds; not used when greedy."""
-
-    def __post_init__(self) -> None:
-        require_in_range("max_new_tokens", self.max_new_tokens, low=1)
-        require_in_range("batch_size", self.batch_size, low=1)
-        require_in_range("temperature", self.temperature, low=0.0)
-        require_in_range("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
-
-    def digest(self) -> str:
-        """Return the digest of what decides an answer; the batch size does not."""
-        greedy = self.temperature == 0.0
-        sampling = None if greedy else [self.temperature, self.top_p, self.seed]
-        return json_digest({"max_new_tokens": self.max_new_tokens, "sampling": sampling})
 
 
 def generate(
@@ -63,15 +32,17 @@ def generate(
     items: Sequence[Item],
     config: DecodingConfig,
     *,
+    have: Collection[tuple[str, int]] = (),
     on_batch: Callable[[Sequence[Generation]], None] | None = None,
     progress: Progress = Silent(),  # noqa: B008 - it has no state
 ) -> list[Generation]:
-    """Return the model's answer to every item, in the order of the items.
+    """Return the model's answers to every item, in the order of the items, then of the samples.
 
     Args:
         model: The model, in evaluation mode.
         items: Requests; their ids must differ.
         config: How to decode.
+        have: Answers that are there already, as pairs of item id and sample; they are not made again.
         on_batch: Called with the answers of each batch as soon as it is done.
         progress: Told of each finished item; the caller names the stage.
 
@@ -79,35 +50,57 @@ def generate(
         DataError: Two items share an id, or a prompt with its answer is longer than the model reads.
         ResourceError: Memory runs out even for one prompt at a time.
     """
-    prompts = [encode(model.tokenizer, render(model.tokenizer, item.prompt, item.system)) for item in items]
+    prompts = [_prompt(model, item, config) for item in items]
     _require_usable(model, items, prompts, config)
     ends = end_ids(model.tokenizer, model.module)
+    known = frozenset(have)
+    wanted = [
+        (index, sample)
+        for index, item in enumerate(items)
+        for sample in range(config.samples)
+        if (item.item_id, sample) not in known
+    ]
     # Longest first: if memory is short, it shows at once.
-    waiting = sorted(range(len(items)), key=lambda index: (-len(prompts[index]), index))
-    done: dict[int, Generation] = {}
+    waiting = sorted(wanted, key=lambda pair: (-len(prompts[pair[0]]), pair))
+    done: dict[tuple[int, int], Generation] = {}
     size = config.batch_size
     with _ready(model.module) as module:
         while waiting:
             batch = waiting[:size]
-            seeds = [_seed(config, items[index]) for index in batch]
-            answers = _answer(module, [prompts[index] for index in batch], seeds, ends, config)
+            seeds = [config.seed_of(items[index].item_id, sample) for index, sample in batch]
+            answers = _answer(module, [prompts[index] for index, _ in batch], seeds, ends, config)
             if answers is None:
+                first = batch[0][0]
                 if len(batch) == 1:
-                    raise _out_of_memory(items[batch[0]], len(prompts[batch[0]]), config)
+                    raise _out_of_memory(items[first], len(prompts[first]), config)
                 size = max(1, len(batch) // 2)
                 progress.note(f"Memory ran out with {len(batch)} prompts at once; going on with {size}.")
                 continue
             waiting = waiting[len(batch) :]
             texts = model.tokenizer.batch_decode([tokens for tokens, _ in answers], skip_special_tokens=True)
             finished = [
-                Generation(items[index].item_id, text, len(tokens), "eos" if ended else "length", seed)
-                for index, (tokens, ended), text, seed in zip(batch, answers, texts, seeds, strict=True)
+                Generation(
+                    item_id=items[index].item_id,
+                    output=text,
+                    n_tokens=len(tokens),
+                    finish="eos" if ended else "length",
+                    seed=seed,
+                    sample=sample,
+                    n_prompt_tokens=len(prompts[index]),
+                )
+                for (index, sample), (tokens, ended), text, seed in zip(batch, answers, texts, seeds, strict=True)
             ]
             done.update(zip(batch, finished, strict=True))
             if on_batch is not None:
                 on_batch(finished)
             progress.advance(len(batch))
-    return [done[index] for index in range(len(items))]
+    return [done[pair] for pair in wanted]
+
+
+def _prompt(model: LoadedModel, item: Item, config: DecodingConfig) -> list[int]:
+    if config.as_is:
+        return encode_as_is(model.tokenizer, item.prompt)
+    return encode(model.tokenizer, render(model.tokenizer, item.prompt, item.system))
 
 
 class GumbelNoise(LogitsProcessor):
@@ -206,10 +199,6 @@ def _ready(module: PreTrainedModel) -> Iterator[PreTrainedModel]:
     finally:
         module.generation_config = own
         module.train(training)
-
-
-def _seed(config: DecodingConfig, item: Item) -> int | None:
-    return None if config.temperature == 0.0 else derive_seed(config.seed, item.item_id)
 
 
 def _free_memory() -> None:

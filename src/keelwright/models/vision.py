@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from keelwright.core.decoding import DecodingConfig
 from keelwright.core.errors import ConfigError, DataError, ModelMismatchError
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.records import Generation, Item
 from keelwright.models.configs import BAD_SETTINGS, bad_settings, parse_config
-from keelwright.models.generation import DecodingConfig, generate
+from keelwright.models.generation import generate
 from keelwright.models.loading import LoadedModel, find_device, load_tokenizer, without_messages
 from keelwright.models.memory import require_memory
 from keelwright.models.refs import ModelRef, parse_ref, resolve

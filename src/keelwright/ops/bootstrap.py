@@ -13,26 +13,45 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from keelwright.core.config import require_choice, require_in_range
+from keelwright.core.config import require_choice
 from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.records import Estimate
 from keelwright.core.seeds import derive_seed
+from keelwright.ops.resampling import (
+    FEW_CLUSTERS,
+    Floats,
+    Interval,
+    codes_of,
+    distinct_rows,
+    interval_ends,
+    multinomial_sums,
+    require_settings,
+    require_spread,
+    sums_by,
+    worth_counting,
+)
 
-Floats = NDArray[np.float64]
-Interval = Literal["bca", "percentile"]
+__all__ = [
+    "FEW_CLUSTERS",
+    "RESAMPLES",
+    "bootstrap_mean",
+    "bootstrap_ratio",
+    "cluster_permutation",
+    "design_effect",
+    "exp_estimate",
+    "paired_bootstrap",
+]
 
 RESAMPLES = 10_000
-FEW_CLUSTERS = 20
-"""Below this many clusters the bootstrap is too narrow; use `cluster_permutation` and say so."""
 
 _BLOCK_ENTRIES = 1 << 20
 _EXACT_CLUSTERS = 16
+_MANY_GROUPS = 4096
+"""From here on equal groups are drawn by their number; below, the stream of single draws is kept."""
 
 
 def bootstrap_mean(
@@ -86,23 +105,18 @@ def bootstrap_ratio(
         DataError: There are fewer than two groups.
         ConfigError: A setting is out of range, or the two do not pair up.
     """
-    require_choice("interval", interval, ("bca", "percentile"))
-    require_in_range("confidence", confidence, low=0.0, high=1.0, low_open=True, high_open=True)
-    require_in_range("resamples", float(resamples), low=100.0)
+    require_settings(interval, resamples, confidence)
     sums, sizes = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     if len(sums) != len(sizes):
         raise ConfigError(
             "Every sum needs one size.", expected=f"{len(sums)} sizes", found=str(len(sizes)), fix="give one per group"
         )
-    _require_spread(len(sums), "item")
+    require_spread(len(sums), "item")
     mean = float(sums.sum() / sizes.sum())
     means = _resampled_means(sums, sizes, resamples, seed)
-    tail = (1.0 - confidence) / 2.0
-    low_share, high_share = tail, 1.0 - tail
-    if interval == "bca":
-        low_share, high_share = _corrected_shares(means, mean, _jackknife(sums, sizes), tail)
-    low, high = (float(end) for end in np.quantile(means, [low_share, high_share]))
-    return Estimate(value=mean, low=min(low, mean), high=max(high, mean), n=len(sums))
+    left_out = np.asarray((sums.sum() - sums) / (sizes.sum() - sizes), dtype=np.float64)
+    low, high = interval_ends(means, mean, left_out, interval=interval, confidence=confidence)
+    return Estimate(value=mean, low=low, high=high, n=len(sums))
 
 
 def paired_bootstrap(
@@ -200,66 +214,29 @@ def _cluster_sums(values: Floats, clusters: Sequence[Hashable] | None) -> tuple[
     if clusters is None:
         sums, sizes = values, np.ones_like(values)
     else:
-        if len(clusters) != len(values):
-            raise ConfigError(
-                "Every value needs one cluster id.",
-                expected=f"{len(values)} ids",
-                found=str(len(clusters)),
-                fix="give one id per value",
-            )
-        seen: dict[Hashable, int] = {}
-        codes = np.array([seen.setdefault(one, len(seen)) for one in clusters], dtype=np.int64)
-        sums = np.bincount(codes, weights=values, minlength=len(seen)).astype(np.float64)
-        sizes = np.bincount(codes, minlength=len(seen)).astype(np.float64)
-    _require_spread(len(sums), "item" if clusters is None else "cluster")
+        found = sums_by(codes_of(clusters, len(values)), np.stack([values, np.ones_like(values)], axis=1))
+        sums, sizes = found[:, 0], found[:, 1]
+    require_spread(len(sums), "item" if clusters is None else "cluster")
     return sums, sizes
-
-
-def _require_spread(count: int, unit: str) -> None:
-    if count < 2:
-        raise DataError(
-            f"A bootstrap needs more than one {unit}.",
-            expected=f"at least 2 {unit}s, better {FEW_CLUSTERS}",
-            found=str(count),
-            fix="add items that do not depend on each other; one group has no spread to resample",
-        )
 
 
 def _resampled_means(sums: Floats, sizes: Floats, resamples: int, seed: int) -> Floats:
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "bootstrap")))
     count = len(sums)
-    rows = max(1, _BLOCK_ENTRIES // count)
+    if count >= _MANY_GROUPS:
+        rows, counts = distinct_rows(np.stack([sums, sizes], axis=1))
+        if worth_counting(len(rows), count):
+            totals = multinomial_sums(rows, counts, resamples, rng)
+            return np.asarray(totals[:, 0] / totals[:, 1], dtype=np.float64)
+    block = max(1, _BLOCK_ENTRIES // count)
     equal = bool((sizes == sizes[0]).all())
     means = np.empty(resamples, dtype=np.float64)
-    for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
-        drawn = rng.integers(0, count, size=(stop - start, count), dtype=np.int32)
-        weight = count * sizes[0] if equal else sizes[drawn].sum(axis=1)
-        means[start:stop] = sums[drawn].sum(axis=1) / weight
+    for start in range(0, resamples, block):
+        stop = min(start + block, resamples)
+        drawn = rng.integers(0, count, size=(stop - start, count), dtype=np.int32).astype(np.intp)
+        weight = count * sizes[0] if equal else sizes.take(drawn).sum(axis=1)
+        means[start:stop] = sums.take(drawn).sum(axis=1) / weight
     return means
-
-
-def _jackknife(sums: Floats, sizes: Floats) -> Floats:
-    return np.asarray((sums.sum() - sums) / (sizes.sum() - sizes), dtype=np.float64)
-
-
-def _corrected_shares(means: Floats, mean: float, left_out: Floats, tail: float) -> tuple[float, float]:
-    """Return the two quantile levels of the bias-corrected and accelerated interval."""
-    normal = NormalDist()
-    # Ties count by half: means of binary values repeat often, and a strict count would invent a bias.
-    below = float((means < mean).mean() + 0.5 * (means == mean).mean())
-    edge = 0.5 / len(means)
-    bias = normal.inv_cdf(min(max(below, edge), 1.0 - edge))
-    lean = left_out.mean() - left_out
-    spread = float(np.square(lean).sum())
-    acceleration = float((lean**3).sum()) / (6.0 * spread**1.5) if spread > 0.0 else 0.0
-
-    def share(level: float) -> float:
-        shifted = bias + normal.inv_cdf(level)
-        scale = 1.0 - acceleration * shifted
-        return normal.cdf(bias + shifted / scale) if scale > 0.0 else float(level > 0.5)
-
-    return share(tail), share(1.0 - tail)
 
 
 def _flipped_totals(sums: Floats, resamples: int, seed: int) -> Floats:
@@ -271,10 +248,16 @@ def _flipped_totals(sums: Floats, resamples: int, seed: int) -> Floats:
             totals += np.where((patterns >> index) & 1, -value, value)
         return totals
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "sign flips")))
-    rows = max(1, _BLOCK_ENTRIES // count)
+    if count >= _MANY_GROUPS:
+        # The sign of a zero changes nothing, and equal terms are told apart only by how many are flipped.
+        rows, counts = distinct_rows(np.abs(sums[sums != 0.0])[:, None])
+        if worth_counting(len(rows), count):
+            kept = 2.0 * rng.binomial(counts, 0.5, size=(resamples, len(rows))) - counts
+            return np.asarray(kept @ rows[:, 0], dtype=np.float64)
+    block = max(1, _BLOCK_ENTRIES // count)
     totals = np.empty(resamples, dtype=np.float64)
-    for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
+    for start in range(0, resamples, block):
+        stop = min(start + block, resamples)
         signs = 1.0 - 2.0 * rng.integers(0, 2, size=(stop - start, count), dtype=np.int8)
         totals[start:stop] = signs @ sums
     return totals

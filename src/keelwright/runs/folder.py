@@ -21,6 +21,7 @@ from typing import IO, Any, Self
 
 from keelwright.core.errors import DataError, ExitCode, KeelwrightError, StorageError
 from keelwright.core.files import require_new_folder, write_atomic
+from keelwright.core.record_index import RecordIndex
 from keelwright.core.records import Record, record_from_json
 from keelwright.runs.machine import machine, versions
 from keelwright.runs.places import disk_errors, require_place
@@ -73,7 +74,7 @@ class RunFolder:
         self.resumed = resumed
         self._flag = flag
         self._was_there = was_there
-        self._records: dict[tuple[str, str], Record] = {}
+        self._records = RecordIndex()
         self._stream: IO[bytes] | None = None
         self._lock: IO[str] | None = None
 
@@ -106,8 +107,7 @@ class RunFolder:
         with disk_errors(self.path):
             self._lock = _take_lock(self.path / ".lock", self._flag)
             try:
-                kept = _read_records(self.path / "records.jsonl", mend=True)
-                self._records = {record.key: record for record in kept}
+                self._records = RecordIndex(_read_records(self.path / "records.jsonl", mend=True))
                 # Without a buffer: what a full disk refused must not be tried again when the stream is closed.
                 self._stream = (self.path / "records.jsonl").open("ab", buffering=0)
             except BaseException:
@@ -145,16 +145,15 @@ class RunFolder:
         with disk_errors(self.path):
             while line:
                 line = line[self._stream.write(line) :]
-        self._records[record.key] = record
+        self._records.append(record)
 
     def find(self, model_id: str, item_ids: Collection[str]) -> Sequence[Record]:
         """Return the records of that model for those items that are already there."""
-        keys = ((model_id, item_id) for item_id in item_ids)
-        return [self._records[key] for key in keys if key in self._records]
+        return self._records.find(model_id, item_ids)
 
     def records(self) -> list[Record]:
         """Return every record of the run, in the order in which they were made."""
-        return list(self._records.values())
+        return self._records.records
 
     def remember(self, name: str, value: object) -> None:
         """Keep a small JSON value for a resumed run."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from keelwright.core.decoding import DecodingConfig
 from keelwright.core.records import Item, Judgement, Kind
-from keelwright.models.generation import DecodingConfig, generate
+from keelwright.models.generation import generate
 from keelwright.models.loading import LoadedModel
 from keelwright.worlds.workshop.suite import WorkshopConfig, WorkshopSuite
 from keelwright.worlds.workshop.tasks import mood_items, topic_items

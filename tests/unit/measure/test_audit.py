@@ -11,8 +11,9 @@ import pytest
 
 from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.records import Generation, Item, Judgement, Record
-from keelwright.measure.audit import audit, decoding_for, measure, missing_items
-from keelwright.measure.memory_sink import ListSink
+from keelwright.measure.asking import measure, missing_items
+from keelwright.measure.audit import audit, decoding_for
+from keelwright.core.record_index import RecordIndex
 from keelwright.measure.suites import suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility
 from keelwright.models.loading import LoadedModel
@@ -50,7 +51,7 @@ class SmallSuite:
         return LengthJudge()
 
 
-class CuttingSink(ListSink):
+class CuttingSink(RecordIndex):
     """Fails after a number of records, like a machine that loses power."""
 
     def __init__(self, after: int) -> None:
@@ -63,7 +64,7 @@ class CuttingSink(ListSink):
         super().append(record)
 
 
-class CountingSink(ListSink):
+class CountingSink(RecordIndex):
     """Counts what is appended."""
 
     appended = 0
@@ -77,11 +78,11 @@ class CountingSink(ListSink):
 def ask() -> Callable[..., list[Record]]:
     """Measure a model on the small suite."""
 
-    def measured(model: LoadedModel, sink: ListSink, *, batch_size: int = 5, **changes: Any) -> list[Record]:
+    def measured(model: LoadedModel, sink: RecordIndex, *, batch_size: int = 5, **changes: Any) -> list[Record]:
         suite = SmallSuite()
         settings = {
             "model_id": "tuned",
-            "suite_digest": suite_digest(suite.items()),
+            "digests": suite_digest(suite.items()),
             "decoding": decoding_for(suite, batch_size=batch_size),
         }
         return measure(model, changes.pop("items", suite.items()), suite.judge(), sink, **{**settings, **changes})
@@ -93,7 +94,7 @@ Ask = Callable[..., list[Record]]
 
 
 def test_records_come_in_item_order_with_everything_that_made_them(ask: Ask, make_model: MakeModel) -> None:
-    sink = ListSink()
+    sink = RecordIndex()
     records = ask(make_model(), sink)
     items = SmallSuite().items()
     assert [record.item_id for record in records] == [item.item_id for item in items]
@@ -107,7 +108,7 @@ def test_records_come_in_item_order_with_everything_that_made_them(ask: Ask, mak
 
 
 def test_batch_size_changes_no_record(ask: Ask, make_model: MakeModel) -> None:
-    one, other = ask(make_model(), ListSink(), batch_size=1), ask(make_model(), ListSink(), batch_size=12)
+    one, other = ask(make_model(), RecordIndex(), batch_size=1), ask(make_model(), RecordIndex(), batch_size=12)
     assert one == other
 
 
@@ -125,18 +126,18 @@ def test_a_run_that_was_cut_goes_on_where_it_stopped(ask: Ask, make_model: MakeM
         ask(make_model(), cut)
     sink = CountingSink(cut.records)
     assert len(missing_items(SmallSuite().items(), sink, "tuned")) == 5
-    assert ask(make_model(), sink) == ask(make_model(), ListSink())
+    assert ask(make_model(), sink) == ask(make_model(), RecordIndex())
     assert sink.appended == 5
 
 
 @pytest.mark.parametrize(
     ("words", "changes"),
-    [("suite", {"suite_digest": "other"}), ("revision", {}), ("decoding", {"decoding": None})],
+    [("suite", {"digests": "other"}), ("revision", {}), ("decoding", {"decoding": None})],
 )
 def test_records_made_under_other_conditions_are_not_reused(
     ask: Ask, make_model: MakeModel, words: str, changes: dict[str, Any]
 ) -> None:
-    sink = ListSink()
+    sink = RecordIndex()
     ask(make_model(), sink)
     if "decoding" in changes:
         changes = {"decoding": decoding_for(SmallSuite(), max_new_tokens=3)}
@@ -166,7 +167,7 @@ def test_an_audit_gives_rates_areas_and_what_was_asked(make_model: MakeModel) ->
 
 
 def test_an_audit_against_another_model_is_paired(make_model: MakeModel) -> None:
-    sink = ListSink()
+    sink = RecordIndex()
     result = audit(make_model(1), suite=SmallSuite(), against=make_model(0), sink=sink)
     assert result.against is not None
     assert {record.model_id for record in sink.records} == {"model", "against"}
@@ -211,7 +212,7 @@ def test_a_text_alone_has_no_utility(make_model: MakeModel) -> None:
 
 
 def test_missing_items_are_those_of_that_model(record: Callable[..., Record]) -> None:
-    class OnlyFirst(ListSink):
+    class OnlyFirst(RecordIndex):
         def find(self, model_id: str, item_ids: Collection[str]) -> list[Record]:
             return [record("harmful0", model_id=model_id)]
 

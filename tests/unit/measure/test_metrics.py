@@ -11,9 +11,9 @@ import pytest
 
 from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.records import Estimate, Record
+from keelwright.measure.areas import areas_of
 from keelwright.measure.metrics import (
     METRICS,
-    areas_of,
     balanced_refusal_accuracy,
     contrast_gap,
     excluded,

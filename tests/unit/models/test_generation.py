@@ -115,7 +115,7 @@ def test_the_same_prompt_under_another_id_is_sampled_anew(make_loaded: MakeLoade
     items = [Item(f"copy/{index}", "s", "benign", "x", "the cat") for index in range(6)]
     answers = generate(make_loaded(), items, DecodingConfig(8, temperature=1.0, seed=3))
     assert len({one.output for one in answers}) > 3
-    assert [one.seed for one in answers] == [derive_seed(3, item.item_id) for item in items]
+    assert [one.seed for one in answers] == [derive_seed(3, item.item_id, 0) for item in items]
 
 
 def test_batches_hold_prompts_of_like_length_and_the_longest_come_first(
@@ -292,3 +292,21 @@ def test_the_digest_follows_what_decides_an_answer() -> None:
     assert plain.digest() != DecodingConfig(max_new_tokens=9).digest()
     sampled = DecodingConfig(max_new_tokens=8, temperature=0.5)
     assert len({plain.digest(), sampled.digest(), DecodingConfig(8, temperature=0.5, seed=1).digest()}) == 3
+
+
+def test_samples_of_an_item_come_in_order_and_only_missing_ones_are_made(make_loaded: MakeLoaded) -> None:
+    model, items = make_loaded(), some_items(3)
+    config = DecodingConfig(8, batch_size=4, temperature=1.0, seed=2, samples=3)
+    whole = generate(model, items, config)
+    assert [(one.item_id, one.sample) for one in whole] == [(item.item_id, k) for item in items for k in range(3)]
+    assert len({one.seed for one in whole}) == 9
+    have = [(one.item_id, one.sample) for one in whole[:5]]
+    assert generate(model, items, config, have=have) == whole[5:]
+
+
+def test_a_prompt_that_is_complete_as_it_stands_gets_no_template(make_loaded: MakeLoaded) -> None:
+    model, item = make_loaded(), some_items(1)[0]
+    plain, whole = (generate(model, [item], DecodingConfig(4, as_is=as_is))[0] for as_is in (False, True))
+    assert whole.n_prompt_tokens is not None
+    assert plain.n_prompt_tokens is not None
+    assert whole.n_prompt_tokens <= plain.n_prompt_tokens

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from keelwright.core.config import require_choice, require_in_range
 from keelwright.core.digests import json_digest
@@ -17,6 +18,8 @@ _PATHS = {
     "core": "keelwright.measure.suites.core:CoreSuite",
     "workshop": "keelwright.worlds.workshop.suite:WorkshopSuite",
 }
+
+_OFTEN_EMPTY = ("pair_id", "facts", "materials")
 
 SUITE_NAMES: tuple[str, ...] = tuple(_PATHS)
 
@@ -34,8 +37,15 @@ def find_suite(name: str) -> Suite:
 
 
 def suite_digest(items: Sequence[Item]) -> str:
-    """Return the digest of what is asked: ids, kinds, prompts, answers; independent of the order of the items."""
-    return json_digest([dataclasses.asdict(item) for item in sorted(items, key=lambda one: one.item_id)])
+    """Return the digest of what is asked and by what it is judged; independent of the order of the items."""
+    return json_digest([_what_counts(item) for item in sorted(items, key=lambda one: one.item_id)])
+
+
+def _what_counts(item: Item) -> dict[str, Any]:
+    """Return an item without its licence and without what is empty in most sets."""
+    fields = dataclasses.asdict(item)
+    del fields["licence"]
+    return {name: value for name, value in fields.items() if value or name not in _OFTEN_EMPTY}
 
 
 def items_within(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from keelwright.core.decoding import DecodingConfig
 from keelwright.core.records import Estimate, Item, Judgement
-from keelwright.models.generation import DecodingConfig, generate
+from keelwright.models.generation import generate
 from keelwright.models.loading import LoadedModel
 from keelwright.models.vision import generate_with_pictures
 from keelwright.ops.intervals import wilson

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paired change of one metric between two audits of the same items.
+
+Each unit is its own control. A rate of independent units is tested by exact McNemar, its interval is Tango's; units
+that come in clusters are tested and resampled by cluster; any other metric is tested by swapping the two sides of whole
+clusters, its interval is a bootstrap of both sides at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from keelwright.core.errors import DataError
+from keelwright.core.records import Estimate, Record
+from keelwright.measure.metric import Floats, Metric, Row, is_binomial, seconds_of
+from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, paired_bootstrap
+from keelwright.ops.intervals import normal_quantile, two_sided_z
+from keelwright.ops.paired import mcnemar_exact, minimum_detectable_change, paired_difference
+from keelwright.ops.statistic import paired_statistic, swap_test
+
+Alternative = Literal["two-sided", "greater", "less", "worse", "better"]
+"""`greater` and `less` speak of the number; `worse` and `better` of what it means."""
+
+Verdict = Literal["not comparable", "improved", "regressed", "no evidence of change"]
+
+ALPHA = 0.05
+POWER = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The paired change of one metric, after minus before, on the units that both sides have."""
+
+    metric: str
+    difference: float
+    """In the metric's own unit; of a rate -1 to 1."""
+    low: float
+    high: float
+    """95 % interval of the difference."""
+    p_value: float
+    p_holm: float
+    """Adjusted for the family of metrics compared together; equal to `p_value` for a single one."""
+    n: int
+    """Pairs."""
+    worse: int
+    """Units that turned for the worse."""
+    better: int
+    """Units that turned for the better."""
+    test: str
+    minimum_detectable_change: float
+    """The smallest change that these pairs would have shown with 80 % power at 0.05."""
+    comparable: bool = True
+    """False when the incoherent share moved so much that this metric's change cannot be read."""
+    higher_is_better: bool = False
+    clusters: int = 0
+    """Groups of units that depend on each other; equal to `n` where every unit stands alone."""
+    unit: str = "rate"
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the change amounts to at 0.05, by the adjusted p-value."""
+        if not self.comparable:
+            return "not comparable"
+        if self.p_holm >= ALPHA:
+            return "no evidence of change"
+        return "improved" if (self.difference > 0.0) == self.higher_is_better else "regressed"
+
+    @property
+    def sentence(self) -> str:
+        """The change in one sentence."""
+        name = self.metric.replace("_", " ")
+        if self.verdict == "not comparable":
+            return f"{name}: not comparable, because the share of incoherent answers moved by more than 10 points."
+        if self.verdict == "no evidence of change":
+            return (
+                f"{name}: no evidence of change (p = {self.p_holm:.3g}); {self.n} pairs would have shown "
+                f"{self._size(self.minimum_detectable_change)}."
+            )
+        scale = 1.0 if self.unit == "score" else 100.0
+        return (
+            f"{name} {self.verdict} by {self._size(abs(self.difference))} "
+            f"[{scale * self.low:+.1f}, {scale * self.high:+.1f}] over {self.n} pairs (p = {self.p_holm:.3g})."
+        )
+
+    def _size(self, value: float) -> str:
+        return f"{value:.2f}" if self.unit == "score" else f"{100 * value:.1f} points"
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the change as plain values, its verdict included."""
+        return {**dataclasses.asdict(self), "verdict": self.verdict}
+
+
+def change_of(
+    metric: Metric, before: Sequence[Record], after: Sequence[Record], *, alternative: Alternative = "two-sided"
+) -> Change | None:
+    """Return the paired change of one metric; None where no unit is shared, or the metric is not defined on them.
+
+    Args:
+        metric: What is compared.
+        before, after: One model's records each, made under the same conditions.
+        alternative: What the test looks for.
+    """
+    first, second = metric.rows(before), metric.rows(after)
+    shared = [unit for unit in first if unit in second]
+    if not shared:
+        return None
+    rows = [first[unit] for unit in shared]
+    pair = _columns(rows), _columns([second[unit] for unit in shared])
+    moves = _moves(metric, *pair)
+    if moves is None:
+        return None
+    groups = len({row.cluster for row in rows})
+    direction = _direction(alternative, metric)
+    try:
+        found = _paired(metric, pair, rows, direction, groups)
+    except DataError:
+        # So few units that the metric is undefined in many resamples: nothing can be said of its change.
+        return None
+    if found is None:
+        return None
+    estimate, p_value, test, detectable = found
+    up, down = int((moves > 0.0).sum()), int((moves < 0.0).sum())
+    return Change(
+        metric=metric.name,
+        difference=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        p_value=p_value,
+        p_holm=p_value,
+        n=len(shared),
+        worse=down if metric.higher_is_better else up,
+        better=up if metric.higher_is_better else down,
+        test=test if alternative == "two-sided" else f"{test}, one-sided",
+        minimum_detectable_change=detectable,
+        higher_is_better=metric.higher_is_better,
+        clusters=groups,
+        unit=metric.unit,
+    )
+
+
+Direction = Literal["two-sided", "greater", "less"]
+
+
+def _paired(
+    metric: Metric, pair: tuple[Floats, Floats], rows: Sequence[Row], direction: Direction, groups: int
+) -> tuple[Estimate, float, str, float] | None:
+    """Return change, p-value, name of the test and minimum detectable change."""
+    n = len(rows)
+    clusters = [row.cluster for row in rows]
+    two_sided = direction == "two-sided"
+    binomial = is_binomial(metric, pair[0]) and is_binomial(metric, pair[1])
+    if binomial and groups == n:
+        moves = pair[1][:, 0] - pair[0][:, 0]
+        gained, lost = int((moves > 0).sum()), int((moves < 0).sum())
+        smallest = minimum_detectable_change(n, (gained + lost) / n, alpha=ALPHA, power=POWER, two_sided=two_sided)
+        p_value = mcnemar_exact(gained, lost, alternative=direction)
+        return paired_difference(gained, lost, n), p_value, "exact McNemar", smallest
+    if groups < 2:
+        return None
+    few = f", only {groups} of them" if groups < FEW_CLUSTERS else ""
+    if binomial:
+        estimate = paired_bootstrap(pair[0][:, 0], pair[1][:, 0], clusters=clusters)
+        p_value = cluster_permutation(pair[1][:, 0] - pair[0][:, 0], clusters, alternative=direction)
+        test = f"sign flips by cluster{few}"
+    else:
+        estimate = paired_statistic(*pair, metric.value, clusters=clusters, second_clusters=seconds_of(rows))
+        p_value = swap_test(*pair, metric.value, clusters=clusters, alternative=direction)
+        test = f"swaps of both sides{' by cluster' if groups < n else ''}{few}"
+    if estimate.low == estimate.high:
+        # Nothing moved, so there is nothing to resample: the interval of as many unmoved pairs as there are clusters.
+        still = paired_difference(0, 0, groups)
+        estimate = Estimate(estimate.value, estimate.value + still.low, estimate.value + still.high, n)
+    return estimate, p_value, test, _detectable(estimate, two_sided=two_sided)
+
+
+def _detectable(estimate: Estimate, *, two_sided: bool) -> float:
+    """Return the smallest change that an estimate of this precision would show with 80 % power."""
+    error = (estimate.high - estimate.low) / (2.0 * two_sided_z(0.95))
+    level = two_sided_z(1.0 - ALPHA) if two_sided else normal_quantile(1.0 - ALPHA)
+    return (level + normal_quantile(POWER)) * error
+
+
+def _columns(rows: Sequence[Row]) -> Floats:
+    return np.array([row.columns for row in rows], dtype=np.float64)
+
+
+def _moves(metric: Metric, before: Floats, after: Floats) -> Floats | None:
+    """Return how far each unit moved the metric, to first order; None where the metric is not defined."""
+    middle = (before.sum(axis=0) + after.sum(axis=0)) / 2.0
+    step = 1e-4 * np.maximum(1.0, np.abs(middle))
+    shifted = np.concatenate([middle + np.diag(step), middle - np.diag(step)])
+    up, down = np.split(metric.value(shifted), 2)
+    slope = (up - down) / (2.0 * step)
+    if np.isnan(metric.value(before.sum(axis=0))) or np.isnan(metric.value(after.sum(axis=0))):
+        return None
+    pushes = (after - before) @ np.nan_to_num(slope)
+    return np.where(np.abs(pushes) > 1e-12, pushes, 0.0)
+
+
+def _direction(alternative: Alternative, metric: Metric) -> Direction:
+    if alternative == "worse":
+        return "less" if metric.higher_is_better else "greater"
+    if alternative == "better":
+        return "greater" if metric.higher_is_better else "less"
+    return alternative
