@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keelwright.heal.audit import audit
     from keelwright.heal.compare import compare
     from keelwright.heal.demo import demo
+    from keelwright.heal.gate import gate
     from keelwright.heal.loop import heal
     from keelwright.repair.materialise import repair
 
@@ -23,11 +24,12 @@ _PUBLIC = {
     "audit": "keelwright.heal.audit",
     "compare": "keelwright.heal.compare",
     "demo": "keelwright.heal.demo",
+    "gate": "keelwright.heal.gate",
     "heal": "keelwright.heal.loop",
     "repair": "keelwright.repair.materialise",
 }
 
-__all__ = ["__version__", "audit", "compare", "demo", "heal", "repair"]
+__all__ = ["__version__", "audit", "compare", "demo", "gate", "heal", "repair"]
 
 
 def __getattr__(name: str) -> Any:

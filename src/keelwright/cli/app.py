@@ -12,6 +12,7 @@ from keelwright import __version__
 from keelwright.cli.audit import audit
 from keelwright.cli.compare import compare
 from keelwright.cli.demo import demo
+from keelwright.cli.gate import gate
 from keelwright.cli.heal import heal
 from keelwright.cli.lab import app as lab
 from keelwright.cli.methods import methods
@@ -53,7 +54,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo, heal, audit, compare, repair, methods):
+for command in (demo, heal, audit, compare, gate, repair, methods):
     app.command()(command)
 app.add_typer(lab, name="lab")
 app.add_typer(runs, name="runs")

@@ -8,20 +8,44 @@ from typing import Annotated
 
 import typer
 
-from keelwright.cli.options import BatchSize, Device, Json, Limit, Offline, Quiet, Seed, Suite, Utility
-from keelwright.cli.screen import ScreenProgress, errors_as_exit_codes, metrics_table, print_json, stdout_console
+from keelwright.cli.options import BatchSize, Device, Json, Limit, Offline, Quiet, Seed, Suites, Utility
+from keelwright.cli.screen import (
+    ScreenProgress,
+    errors_as_exit_codes,
+    figures_table,
+    metrics_table,
+    print_json,
+    stdout_console,
+)
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help="Hub id[@revision], folder, FOLDER+ADAPTER or lab:NAME.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub id[@revision], folder, FOLDER+ADAPTER or lab:NAME; or what a server calls it.")
+    ],
     against: Annotated[str | None, typer.Option(help="Compare with this model on the same items.")] = None,
-    suite: Suite = "auto",
+    suite: Suites = "auto",
+    judges: Annotated[
+        list[str] | None,
+        typer.Option("--judge", help="A judge beside the suite's: NAME, NAME:MODEL or NAME:openai:MODEL."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of data sets; default $KEELWRIGHT_DATA.")] = None,
+    mitigation: Annotated[str | None, typer.Option(help="A remedy at the prompt: cot, guard-prompt, restate.")] = None,
     utility: Utility = None,
     limit: Limit = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer in tokens; default: the suite's.", min=1)
     ] = None,
     batch_size: BatchSize = 64,
+    engine: Annotated[str, typer.Option(help="hf (here), openai (a server) or vllm.")] = "hf",
+    base_url: Annotated[str | None, typer.Option(help="The server, e.g. http://localhost:8000/v1.")] = None,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the server's key.")] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(help="Requests on their way at once.", min=1)] = 8,
+    requests_per_minute: Annotated[float | None, typer.Option(help="Most requests in a minute.")] = None,
+    price_in: Annotated[float | None, typer.Option(help="Price of a million tokens read.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="Price of a million tokens written.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="The server of judges named NAME:openai:MODEL.")] = None,
+    cache: Annotated[str | None, typer.Option(help="File of verdicts that audits share (SQLite).")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also open pickled weights, as tensors only.")
     ] = False,
@@ -40,10 +64,22 @@ def audit(
             model,
             against=against,
             suite=suite,
+            judges=tuple(judges or ()),
+            data=data,
+            mitigation=mitigation,
             utility=utility,
             limit=limit,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            engine=engine,
+            base_url=base_url,
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            price_in=price_in,
+            price_out=price_out,
+            judge_url=judge_url,
+            cache=cache,
             allow_pickle=allow_pickle,
             run=out,
             seed=seed,
@@ -57,4 +93,6 @@ def audit(
     console = stdout_console()
     console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
     console.print(metrics_table(summary))
+    if summary["figures"]:
+        console.print(figures_table(summary))
     console.print(f"report  {summary['run']}/report.html", markup=False, soft_wrap=True)

@@ -13,8 +13,13 @@ from keelwright.cli.screen import errors_as_exit_codes, print_json, stdout_conso
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Run folder of the audit before.")],
-    run_b: Annotated[Path, typer.Argument(help="Run folder of the audit after.")],
+    run_a: Annotated[Path, typer.Argument(help="Run folder of the audit before, or a log of Inspect or lm-eval.")],
+    run_b: Annotated[Path, typer.Argument(help="Run folder of the audit after, or a log.")],
+    metric: Annotated[list[str] | None, typer.Option(help="Compare this metric; repeat for several.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A condition that may differ: judge, decoding, mitigation, k, ...")
+    ] = None,
+    scorer: Annotated[str | None, typer.Option(help="Of logs: the scorer that decides.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<time>-compare.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -22,7 +27,7 @@ def compare(
     with errors_as_exit_codes(as_json=as_json):
         from keelwright.heal.compare import compare as run_compare
 
-        summary = run_compare(run_a, run_b, run=out)
+        summary = run_compare(run_a, run_b, run=out, metrics=metric or (), allow=allow or (), scorer=scorer)
     if as_json:
         print_json(summary)
         return
@@ -32,10 +37,11 @@ def compare(
     for title in ("metric", "change", "95 % interval", "p", "p (Holm)", "items"):
         table.add_column(title, justify="left" if title == "metric" else "right", no_wrap=True)
     for change in summary["changes"]:
-        interval = f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+        scale, unit = (1.0, "") if change["unit"] == "score" else (100.0, " points")
+        interval = f"[{scale * change['low']:+.1f}, {scale * change['high']:+.1f}]"
         table.add_row(
             change["metric"].replace("_", " "),
-            f"{100 * change['difference']:+.1f} points",
+            f"{scale * change['difference']:+.1f}{unit}",
             interval,
             f"{change['p_value']:.3g}",
             f"{change['p_holm']:.3g}",

@@ -15,6 +15,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use what is on this machine.")]
 Run = Annotated[Path | None, typer.Option("--run", help="Run folder; repeat the command on it to resume.")]
 Suite = Annotated[str, typer.Option(help="Test items: core, workshop, or auto (workshop for lab: models, else core).")]
+Suites = Annotated[
+    str,
+    typer.Option(
+        help="core, workshop, over-refusal, harm, qi, toxicity, user-specific, code-robustness, utility, a YAML file, "
+        "or several with commas; auto: workshop for lab: models, else core."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Use at most this many items of each kind.", min=2)]
 BatchSize = Annotated[int, typer.Option(help="Answers generated at once; halved when memory runs out.", min=1)]
 Utility = Annotated[

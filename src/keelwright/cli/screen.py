@@ -208,3 +208,22 @@ def metrics_table(summary: Mapping[str, Any]) -> Any:
         if any(cell not in ("-", "not measured") for cell in cells):
             table.add_row(f"utility ({utility['name']})" if is_utility and utility else words, *cells)
     return table
+
+
+def figures_table(summary: Mapping[str, Any]) -> Any:
+    """Return a rich table of the further figures of a suite: one column per model, one row per metric and part."""
+    from rich.table import Table
+
+    sides = {"against": summary["against"]["figures"]} if "against" in summary else {}
+    sides["model"] = summary["figures"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in sides:
+        table.add_column(name, justify="right", no_wrap=True)
+    several = len({one["part"] for one in summary["figures"]}) > 1
+    for row in zip(*sides.values(), strict=True):
+        first = row[0]
+        words = f"{first['part']}: {first['title']}" if several else first["title"]
+        cells = [estimate_text(one["estimate"], as_ratio=one["unit"] in {"score", "ratio"}) for one in row]
+        table.add_row(words, *cells)
+    return table

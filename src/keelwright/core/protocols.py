@@ -128,7 +128,9 @@ class WeightEdit(Protocol):
 class Judge(Protocol):
     """Gives an answer its response class."""
 
-    judge_id: str
+    @property
+    def judge_id(self) -> str:
+        """What the judgement depends on, in one line; the key in a record."""
 
     def judge(self, item: Item, generation: Generation) -> Judgement: ...
 

@@ -1,70 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`audit` as a run: measured into a run folder, resumable, with a report."""
+"""`audit`: a model's safety, or its change from another model, as a run with a page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keelwright.core.config import config_from_mapping, config_to_mapping, require_in_range
+from keelwright.core.config import config_from_mapping, config_to_mapping
 from keelwright.core.digests import file_digest
 from keelwright.core.errors import ConfigError, ModelMismatchError, UnsafeInputError
 from keelwright.core.files import require_new_folder
-from keelwright.core.protocols import Progress, Silent
-from keelwright.heal.exam import suite_for
+from keelwright.core.protocols import Engine, Progress, Silent
+from keelwright.core.records import Item
+from keelwright.heal.audit_config import AuditConfig
+from keelwright.heal.audit_words import models_of, sentence
+from keelwright.heal.panel import panel_of
 from keelwright.heal.parties import ModelLike, Party, check_weights, open_party
 from keelwright.heal.reporting import ensure_report, write_report
-from keelwright.measure.audit import audit as measure_models
-from keelwright.measure.suites import items_within
+from keelwright.measure.audit import examine
+from keelwright.measure.mitigations import find_mitigation
+from keelwright.measure.part import Part
+from keelwright.measure.suites.building import Ordered, build_parts
+from keelwright.measure.suites.loading import read_suite
 from keelwright.measure.utility import TextUtility, Utility, load_utility
 from keelwright.models.chat import template_digest
+from keelwright.models.engines.local import LocalEngine
+from keelwright.models.engines.opening import open_engine
 from keelwright.models.loading import find_device, load
 from keelwright.models.memory import available_bytes, require_memory, shown_bytes
 from keelwright.models.refs import parse_ref
 from keelwright.models.threads import threads_for
-from keelwright.report.text import number, percent
 from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place
 
 _FLAG = "--out"
-_NOUNS = {
-    "harm_rate": "harm rate",
-    "refusal_rate": "refusal rate",
-    "over_refusal": "over-refusal",
-    "answer_rate": "ordinary requests answered",
-    "incoherent": "incoherent",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class AuditConfig:
-    """Settings of `audit`."""
-
-    suite: str = "auto"
-    """`core`, `workshop` or `auto`: `workshop` for lab models, else `core`."""
-    utility: str | None = None
-    """Task file, text file (needs `against`) or `lab:` task."""
-    limit: int | None = None
-    """At most this many items of each kind."""
-    max_new_tokens: int | None = None
-    """Longest answer in tokens; None means what the suite asks for."""
-    batch_size: int = 64
-    """Answers generated at once."""
-    seed: int = 0
-    """Kept for the record; an audit is greedy and draws nothing."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    offline: bool = False
-    """Never ask the hub."""
-    allow_pickle: bool = False
-    """Also open pickled weights, as tensors only."""
-
-    def __post_init__(self) -> None:
-        require_in_range("batch_size", self.batch_size, low=1)
-        if self.limit is not None:
-            require_in_range("limit", self.limit, low=1)
 
 
 def audit(
@@ -78,7 +49,7 @@ def audit(
     """Measure a model's safety, and its change from another model where one is given.
 
     Args:
-        model: Any form of a model reference.
+        model: Any form of a model reference; what the server calls it where the engine is one.
         against: Compare with this model, on the same items.
         run: Run folder; `runs/<time>-audit` by default. The same call on the same folder resumes.
         progress: Where to tell what is going on.
@@ -92,22 +63,15 @@ def audit(
     """
     config = config_from_mapping(AuditConfig, settings, where="audit")
     progress = progress or Silent()
-    find_device(config.device)
-    parties = {"model": _open("model", model, config)}
-    if against is not None:
-        parties["against"] = _open("against", against, config)
-    suite = suite_for(parties["model"].ref, config.suite)
-    utility = load_utility(config.utility) if config.utility is not None else None
-    _require_comparable(parties, utility)
-    require_memory(max(party.total_bytes for party in parties.values()), "This audit")
     folder = Path(run) if run is not None else default_run_folder("audit")
     require_place(folder, flag=_FLAG)
-    plan = _plan(parties, suite.name, len(items_within(suite.items(), config.limit)), folder)
+    task = _prepare(model, against, config, progress)
+    plan = _plan(task, folder)
     if not (folder / "run.json").is_file():
         require_new_folder(folder, flag=_FLAG)
         progress.plan("keelwright audit", plan)
-        check_weights(parties.values(), progress)
-    with RunFolder.open(folder, _spec(parties, config), flag=_FLAG) as keeper:
+        check_weights(task.parties.values(), progress)
+    with RunFolder.open(folder, _spec(task), flag=_FLAG) as keeper:
         done = keeper.finished()
         if done is not None:
             progress.note(f"'{folder}' is finished already; this is its result")
@@ -115,38 +79,136 @@ def audit(
             return done
         if keeper.resumed:
             progress.plan("keelwright audit, resumed", plan)
-        with threads_for(parties["model"].parameters):
-            result = measure_models(
-                parties["model"].ref,
-                suite=suite,
-                against=parties["against"].ref if against is not None else None,
+        with threads_for(max((party.parameters for party in task.parties.values()), default=0)):
+            result = examine(
+                task.open("model", progress),
+                task.parts,
+                against=task.open("against", progress) if "against" in task.refs else None,
                 sink=keeper,
-                utility=utility,
+                utility=task.utility,
                 limit=config.limit,
-                max_new_tokens=config.max_new_tokens,
-                batch_size=config.batch_size,
-                device=config.device,
-                offline=config.offline,
+                seed=config.seed,
                 progress=progress,
             )
-        summary = {**result.to_summary(), "run": str(folder)}
-        summary["models"] = _models(summary)
-        summary["sentence"] = _sentence(summary)
+        summary = {**result.to_summary(), "run": str(folder), "overlaps": task.overlaps, "network": task.network}
+        summary["models"] = models_of(summary)
+        summary["sentence"] = sentence(summary)
         keeper.finish(summary)
     write_report(folder)
     return summary
 
 
-def _require_comparable(parties: Mapping[str, Party], utility: Utility | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What one audit is about: everything that can be known before a model is loaded."""
+
+    config: AuditConfig
+    refs: Mapping[str, str]
+    """The models in the user's words, by role."""
+    parties: Mapping[str, Party]
+    """Those whose weights are on this machine."""
+    parts: tuple[Part, ...]
+    utility: Utility | None
+    overlaps: Sequence[Mapping[str, Any]]
+    """Items that two sets share."""
+
+    @property
+    def network(self) -> list[str]:
+        """Hosts that prompts or answers are sent to."""
+        hosts = [getattr(judge, "network", None) for part in self.parts for judge in part.judges]
+        if self.config.engine == "openai":
+            hosts.insert(0, self.config.base_url or "https://api.openai.com/v1")
+        return [host for host in dict.fromkeys(hosts) if host]
+
+    def open(self, role: str, progress: Progress) -> Callable[[], Engine]:
+        """Return what opens a model when it is its turn."""
+
+        def opened() -> Engine:
+            progress.stage(f"loading {self.refs[role]}")
+            if self.config.engine != "hf":
+                return open_by_config(self.refs[role], self.config)
+            party = self.parties[role]
+            return LocalEngine(party.load(device=self.config.device, offline=self.config.offline))
+
+        return opened
+
+
+def open_by_config(name: str, config: AuditConfig) -> Engine:
+    """Open a model behind a server, or in vLLM, by the settings of an audit."""
+    if config.engine == "vllm":
+        return open_engine(name, kind="vllm", offline=config.offline)
+    from keelwright.models.engines.openai import OpenAIConfig
+
+    settings = OpenAIConfig(
+        api_key_env=config.api_key_env,
+        concurrency=config.concurrency,
+        requests_per_minute=config.requests_per_minute,
+        price_in=config.price_in,
+        price_out=config.price_out,
+    )
+    return open_engine(name, kind="openai", base_url=config.base_url, offline=config.offline, settings=settings)
+
+
+def _prepare(model: ModelLike, against: ModelLike | None, config: AuditConfig, progress: Progress) -> _Task:
+    """Read and check everything but weights: whatever is wrong is said before anything heavy."""
+    find_device(config.device)
+    named = {"model": model} if against is None else {"model": model, "against": against}
+    refs = {role: parse_ref(one).text if config.engine == "hf" else str(one) for role, one in named.items()}
+    is_lab = config.engine == "hf" and parse_ref(model).kind == "lab"
+    suite = ("workshop" if is_lab else "core") if config.suite == "auto" else config.suite
+    ordered = Ordered(
+        find_judge=panel_of(config, progress),
+        judges=config.judges,
+        data=None if config.data is None else Path(config.data),
+        offline=config.offline,
+        limit=config.limit,
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        mitigation=None if config.mitigation is None else find_mitigation(config.mitigation),
+    )
+    utility = load_utility(config.utility) if config.utility is not None else None
+    spec = read_suite(suite)
+    parties = {role: _open(role, one, config) for role, one in named.items()} if config.engine == "hf" else {}
+    _require_comparable(parties, utility, has_reference=against is not None)
+    parts = build_parts(spec, ordered)
+    if parties:
+        require_memory(max(party.total_bytes for party in parties.values()), "This audit")
+    return _Task(config, refs, parties, parts, utility, overlaps_of(parts))
+
+
+def overlaps_of(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return what two sets of the parts share: exact and near duplicates would be counted twice."""
+    by_set: dict[str, list[Item]] = {}
+    for item in (item for part in parts for item in part.items):
+        by_set.setdefault(item.suite, []).append(item)
+    if len(by_set) < 2:
+        return []
+    from keelwright.data.overlap import overlaps
+
+    return [
+        {
+            "sets": [one.left, one.right],
+            "same": len(one.same),
+            "near": len(one.near),
+            "shares": [one.left_share, one.right_share],
+            "says": f"{one.left} and {one.right} share {len(one.same)} items and {len(one.near)} near-duplicates",
+        }
+        for one in overlaps(by_set)
+        if one.left != one.right and (one.same or one.near)
+    ]
+
+
+def _require_comparable(parties: Mapping[str, Party], utility: Utility | None, *, has_reference: bool) -> None:
     """Raise for what would only come to light when everything has been measured."""
+    if not has_reference and isinstance(utility, TextUtility):
+        raise ConfigError(
+            "The perplexity of a text is measured against another model.",
+            expected="--against MODEL, or a task file",
+            found=f"the text '{utility.name}' alone",
+            fix="name the model that this one came from with --against",
+        )
     if "against" not in parties:
-        if isinstance(utility, TextUtility):
-            raise ConfigError(
-                "The perplexity of a text is measured against another model.",
-                expected="--against MODEL, or a task file",
-                found=f"the text '{utility.name}' alone",
-                fix="name the model that this one came from with --against",
-            )
         return
     sides = (parties["against"], parties["model"])
     digests = [template_digest(party.tokenizer()) for party in sides]
@@ -170,55 +232,54 @@ def _open(role: str, model: ModelLike, config: AuditConfig) -> Party:
         return open_party(role, loaded, offline=config.offline)
 
 
-def _spec(parties: Mapping[str, Party], config: AuditConfig) -> RunSpec:
-    inputs = {role: {"ref": party.ref.text, "digest": party.digest} for role, party in parties.items()}
-    if config.utility is not None:
-        path = Path(config.utility)
-        inputs["utility"] = {"ref": config.utility, "digest": file_digest(path) if path.is_file() else config.utility}
-    words = ["keelwright", "audit", parties["model"].ref.text, "--suite", config.suite]
-    if "against" in parties:
-        words += ["--against", parties["against"].ref.text]
-    for name in ("utility", "limit", "max_new_tokens"):
-        if getattr(config, name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
-    if config.allow_pickle:
-        words.append("--allow-pickle")
-    return RunSpec("audit", tuple(words), config_to_mapping(config), config.seed, inputs)
+def _spec(task: _Task) -> RunSpec:
+    config = task.config
+    inputs = {
+        role: {"ref": ref, "digest": task.parties[role].digest if role in task.parties else f"{config.engine}: {ref}"}
+        for role, ref in task.refs.items()
+    }
+    for name in ("utility", "suite"):
+        value = getattr(config, name)
+        if value is not None and Path(value).is_file():
+            inputs[name] = {"ref": value, "digest": file_digest(Path(value))}
+    inputs["items"] = {"ref": config.suite, "digest": " ".join(one.digest for part in task.parts for one in part.sets)}
+    return RunSpec("audit", _words(task), config_to_mapping(config), config.seed, inputs)
 
 
-def _plan(parties: Mapping[str, Party], suite: str, items: int, folder: Path) -> list[tuple[str, str]]:
-    rows = [(role, f"{party.ref.text} ({shown_bytes(party.total_bytes)})") for role, party in parties.items()]
-    needed = max(party.total_bytes for party in parties.values())
-    rows += [
-        ("items", f"suite {suite}: {items}, asked of {'both models' if len(parties) > 1 else 'the model'}"),
-        ("memory", f"{shown_bytes(needed)} and room for activations, of {shown_bytes(available_bytes())} free"),
-        ("writes", f"run folder {folder}"),
-        ("network", "nothing leaves this machine"),
+def _words(task: _Task) -> tuple[str, ...]:
+    """Return the command that starts the same audit."""
+    config, default = task.config, AuditConfig()
+    words = ["keelwright", "audit", task.refs["model"], "--suite", config.suite]
+    if "against" in task.refs:
+        words += ["--against", task.refs["against"]]
+    for judge in config.judges:
+        words += ["--judge", judge]
+    for name in config.__slots__:
+        value = getattr(config, name)
+        if name in {"suite", "judges"} or value == getattr(default, name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    return tuple(words)
+
+
+def _plan(task: _Task, folder: Path) -> list[tuple[str, str]]:
+    rows = [
+        (role, f"{ref} ({shown_bytes(task.parties[role].total_bytes)})" if role in task.parties else ref)
+        for role, ref in task.refs.items()
     ]
-    return rows
-
-
-def _models(summary: Mapping[str, Any]) -> dict[str, Any]:
-    against = summary.get("against")
-    columns = {"against": against["metrics"]} if against else {}
-    return {**columns, "model": summary["metrics"]}
-
-
-def _sentence(summary: Mapping[str, Any]) -> str:
-    """Return the audit in one sentence: the rates, never the harm rate alone."""
-    metrics = summary["metrics"]
-    known = [(words, metrics[name]["value"]) for name, words in _NOUNS.items() if metrics[name] is not None]
-    parts = [f"{words} {percent(value)}" for words, value in known]
-    changes = [change for change in summary.get("changes", []) if change["verdict"] == "regressed"]
-    worse = ", ".join(change["metric"].replace("_", " ") for change in changes)
-    if "against" not in summary:
-        tail = ""
-    elif worse:
-        tail = f" Regressed against {summary['against']['model']}: {worse}."
-    else:
-        first = summary["changes"][0]
-        tail = (
-            f" No evidence of a regression against {summary['against']['model']}: {first['n']} items would have shown "
-            f"a change of {number(100 * first['minimum_detectable_change'])} points in the {_NOUNS[first['metric']]}."
-        )
-    return f"{summary['model']}: {', '.join(parts)}.{tail}"
+    both = "both models" if len(task.refs) > 1 else "the model"
+    for part in task.parts:
+        answers = len(part.items) * part.decoding.samples
+        rows.append((part.name, f"{answers:,} answers of at most {part.decoding.max_new_tokens} tokens from {both}"))
+        rows += [
+            ("  set", f"{one.title}: {one.n:,} items, {one.licence or 'own items'}") for one in part.sets if one.licence
+        ]
+        rows.append(("  judges", ", ".join(part.panel)))
+    rows += [("overlap", str(one["says"])) for one in task.overlaps]
+    if task.parties:
+        needed = max(party.total_bytes for party in task.parties.values())
+        free = shown_bytes(available_bytes())
+        rows.append(("memory", f"{shown_bytes(needed)} and room for activations, of {free} free"))
+    leaves = f"prompts and answers go to {', '.join(task.network)}" if task.network else "nothing leaves this machine"
+    return [*rows, ("writes", f"run folder {folder}"), ("network", leaves)]

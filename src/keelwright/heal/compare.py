@@ -1,58 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`compare`: the paired change between two runs, from their folders alone."""
+"""`compare`: the paired change between two runs or logs, from their files alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from keelwright.core.digests import file_digest
 from keelwright.heal.reporting import write_report
-from keelwright.measure.compare import Change, compare_records
-from keelwright.runs.folder import ReadRun, RunFolder, RunSpec, default_run_folder, read_run, unfinished
+from keelwright.heal.sides import Side, read_side
+from keelwright.measure.compare import Change, compare_areas, compare_records
+from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place
 
 
-def compare(run_a: str | Path, run_b: str | Path, *, run: str | Path | None = None) -> dict[str, Any]:
+def compare(
+    run_a: str | Path,
+    run_b: str | Path,
+    *,
+    run: str | Path | None = None,
+    metrics: Sequence[str] = (),
+    allow: Collection[str] = (),
+    scorer: str | None = None,
+) -> dict[str, Any]:
     """Return the paired change B - A per metric, on the items that both runs asked, and keep it as a run with a page.
 
     Of an audit the audited model is taken, of a `heal` run the repaired one, or the tuned one where nothing was chosen.
 
     Args:
-        run_a: Run folder before.
-        run_b: Run folder after.
+        run_a: Run folder before; or a log of Inspect or lm-eval.
+        run_b: Run folder after, or a log.
         run: Folder of the comparison; `runs/<time>-compare` by default.
+        metrics: What to compare; none: what both sides name.
+        allow: Conditions that may differ, see `measure.compare.CONDITIONS`.
+        scorer: Of logs: the scorer that decides.
 
     Raises:
         DataError: One is no finished run, or items, judge, template or decoding differ.
     """
-    before, after = _finished(Path(run_a)), _finished(Path(run_b))
-    changes = compare_records(_records(before), _records(after))
+    before, after = read_side(Path(run_a), scorer=scorer), read_side(Path(run_b), scorer=scorer)
+    family = tuple(metrics) or tuple(name for name in after.metrics if name in before.metrics)
+    allowed = {*allow, *before.allowed, *after.allowed}
+    changes = compare_records(before.records, after.records, metrics=family or None, allow=allowed)
     folder = Path(run) if run is not None else default_run_folder("compare")
+    primary = changes[0].metric
     summary = {
         "schema": 1,
         "command": "compare",
         "run": str(folder),
-        "runs": [str(before.path), str(after.path)],
+        "runs": [before.name, after.name],
         "sentence": _sentence(changes),
+        "primary": primary,
         "changes": [change.to_mapping() for change in changes],
+        "family": f"{len(changes)} metrics, p adjusted by Holm",
+        "area_changes": compare_areas(before.records, after.records, primary),
+        "allowed": sorted(allowed),
         "says": [change.sentence for change in changes],
-        "utility": (after.summary or {}).get("utility"),
+        "utility": after.utility,
     }
     require_place(folder, flag="--out")
-    with RunFolder.open(folder, _spec(before, after), flag="--out") as keeper:
+    with RunFolder.open(folder, _spec(before, after, metrics, allow), flag="--out") as keeper:
         keeper.finish(summary)
     write_report(folder)
     return summary
 
 
-def _spec(before: ReadRun, after: ReadRun) -> RunSpec:
-    inputs = {
-        role: {"ref": str(one.path), "digest": file_digest(one.path / "records.jsonl")}
-        for role, one in (("before", before), ("after", after))
-    }
-    return RunSpec("compare", ("keelwright", "compare", str(before.path), str(after.path)), {}, 0, inputs)
+def _spec(before: Side, after: Side, metrics: Sequence[str], allow: Collection[str]) -> RunSpec:
+    inputs = {role: {"ref": one.name, "digest": one.digest} for role, one in (("before", before), ("after", after))}
+    words = ["keelwright", "compare", before.name, after.name]
+    words += [word for name in metrics for word in ("--metric", name)]
+    words += [word for name in sorted(allow) for word in ("--allow", name)]
+    return RunSpec("compare", tuple(words), {"metrics": list(metrics), "allow": sorted(allow)}, 0, inputs)
 
 
 def _sentence(changes: Sequence[Change]) -> str:
@@ -63,16 +81,3 @@ def _sentence(changes: Sequence[Change]) -> str:
     }
     found = [f"{verdict}: {names}" for verdict, names in named.items() if names]
     return f"From the first run to the second, {'; '.join(found)}." if found else "No evidence of any change."
-
-
-def _finished(folder: Path) -> ReadRun:
-    found = read_run(folder)
-    if found.summary is None:
-        raise unfinished(found)
-    return found
-
-
-def _records(run: ReadRun) -> list[Any]:
-    ids = (run.summary or {}).get("model_ids", {})
-    wanted = ids.get("repaired") or ids.get("tuned") or "model"
-    return [record for record in run.records() if record.model_id == wanted]

@@ -368,6 +368,7 @@ class _Bench:
             says=utility.says,
             items=tuple(sample_items(items, self.limit, seed=self.seed)),
             judges=(utility.judge(),),
+            panel=("task",),
             decoding=DecodingConfig(utility.max_new_tokens, self.parts[0].decoding.batch_size),
             metrics=(),
             sets=(SetFacts(name, utility.name, None, suite_digest(items), len(items)),),

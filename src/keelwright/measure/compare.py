@@ -22,6 +22,7 @@ from keelwright.ops.paired import benjamini_hochberg, holm
 
 __all__ = [
     "ALPHA",
+    "STAND_ALONE",
     "Alternative",
     "Change",
     "Verdict",
@@ -87,12 +88,12 @@ def compare_records(
     adjusted = holm([change.p_value for change in changes])
     steady = is_comparable(before, after)
     return [
-        dataclasses.replace(change, p_holm=p, comparable=steady or change.metric in _STAND_ALONE)
+        dataclasses.replace(change, p_holm=p, comparable=steady or change.metric in STAND_ALONE)
         for change, p in zip(changes, adjusted, strict=True)
     ]
 
 
-_STAND_ALONE = ("incoherent", "utility")
+STAND_ALONE = ("incoherent", "utility")
 """What a shift of the incoherent share leaves readable: that share itself, and the tasks."""
 
 

@@ -85,12 +85,23 @@ def estimate_rows(metric: Metric, rows: Sequence[Row], *, seed: int = 0) -> Esti
     if groups < 2:
         return None
     try:
-        return bootstrap_statistic(
+        found = bootstrap_statistic(
             columns, metric.value, clusters=clusters, second_clusters=seconds_of(rows), seed=seed
         )
     except DataError:
         # So few units that the metric is undefined in many resamples: there is no interval to show, so no figure.
         return None
+    return found if found.low < found.high else _widened(metric, found, rows)
+
+
+def _widened(metric: Metric, found: Estimate, rows: Sequence[Row]) -> Estimate:
+    """Return the interval of units that all agree, which resampling makes a point: Wilson's over the smallest group."""
+    groups: dict[tuple[float, ...], set[str]] = {}
+    for row in rows:
+        groups.setdefault(row.columns, set()).add(row.cluster)
+    room = wilson(0, min(len(one) for one in groups.values())).high
+    low, high = {"rate": (0.0, 1.0), "difference": (-1.0, 1.0)}.get(metric.unit, (-np.inf, np.inf))
+    return Estimate(found.value, max(low, found.value - room), min(high, found.value + room), found.n)
 
 
 def is_binomial(metric: Metric, columns: Floats) -> bool:

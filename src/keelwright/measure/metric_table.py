@@ -19,6 +19,7 @@ from keelwright.core.records import Record
 from keelwright.measure.metric import Metric, Row
 from keelwright.measure.metrics import METRICS
 from keelwright.measure.readings import narrowed
+from keelwright.measure.scorer_metrics import mean_score
 
 _ROOM: Final = "keelwright.measure"
 _PATHS: Final = {
@@ -29,6 +30,8 @@ _PATHS: Final = {
     "over_refusal_full": "refusal_metrics:OVER_REFUSAL_FULL",
     "contrast_gap": "refusal_metrics:CONTRAST_GAP",
     "balanced_refusal_accuracy": "refusal_metrics:BALANCED_REFUSAL_ACCURACY",
+    "truncated": "answer_metrics:TRUNCATED",
+    "unjudged": "answer_metrics:UNJUDGED",
     "asr": "harm_metrics:ASR",
     "asr_keyword": "harm_metrics:ASR_KEYWORD",
     "harmfulness_score": "harm_metrics:HARMFULNESS_SCORE",
@@ -59,6 +62,9 @@ _OF_K: Final = {
 }
 """Metrics over k answers, which their names end in: `asr_at_5`."""
 
+_OF_JUDGE: Final = {"score": True, "cost": False}
+"""Means of one judge's scores, and whether more is better: `score:match`."""
+
 METRIC_NAMES: Final = (*METRICS, *_PATHS, *(f"{name}_K" for name in _OF_K))
 """Every metric; K stands for a number."""
 
@@ -76,6 +82,12 @@ def find_metric(name: str) -> Metric:
     return _narrow(metric, name, inside) if bracket else metric
 
 
+def answers_needed(name: str) -> int:
+    """Return how many answers to an item a metric needs at least: the K at the end of its name, else 1."""
+    stem, _, number = name.partition("[")[0].strip().rpartition("_")
+    return int(number) if stem in _OF_K and number.isdecimal() else 1
+
+
 def _plain(name: str) -> Metric:
     if name in METRICS:
         headline: Metric = importlib.import_module(f"{_ROOM}.headline").HEADLINE[name]
@@ -83,6 +95,9 @@ def _plain(name: str) -> Metric:
     if name in _PATHS:
         metric: Metric = _attribute(_PATHS[name])
         return metric
+    kind, colon, judge = name.partition(":")
+    if colon and kind in _OF_JUDGE:
+        return mean_score(judge, higher_is_better=_OF_JUDGE[kind])
     stem, _, number = name.rpartition("_")
     if stem not in _OF_K or not number.isdecimal():
         raise ConfigError(

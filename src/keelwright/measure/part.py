@@ -49,6 +49,8 @@ class Part:
     items: tuple[Item, ...]
     judges: tuple[Judge, ...]
     """The first one's verdict is the record's label."""
+    panel: tuple[str, ...]
+    """The judges in the user's words: their ids may need an open model."""
     decoding: DecodingConfig
     metrics: tuple[str, ...]
     """Beside the headline rates; see `measure.metric_table`."""
@@ -111,11 +113,13 @@ def part_of_suite(suite: Suite, items: Sequence[Item], digest: str, decoding: De
         digest: Of all its items.
         decoding: How to ask them.
     """
+    judge = suite.judge()
     return Part(
         name=suite.name,
         says=suite.says,
         items=tuple(items),
-        judges=(suite.judge(),),
+        judges=(judge,),
+        panel=(judge.judge_id,),
         decoding=decoding,
         metrics=("contrast_gap", "balanced_refusal_accuracy") if any(one.kind == "contrast" for one in items) else (),
         knows_harm=suite.knows_harm,

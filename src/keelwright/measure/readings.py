@@ -14,29 +14,16 @@ from collections.abc import Sequence
 from typing import Final
 
 from keelwright.core.records import Judgement, Record
+from keelwright.judges.registry import LINES
 from keelwright.measure.metrics import EXCLUDED_LABELS
 
 REFUSALS: Final = frozenset({"refusal_full", "refusal_partial"})
 
-HARM_JUDGES: Final = (
-    "workshop-exact",
-    "pictures-exact",
-    "profiles-exact",
-    "qi-rubric",
-    "strongreject",
-    "user-harm",
-    "llama-guard-3",
-    "llama-guard-4",
-    "wildguard",
-    "granite-guardian",
-    "qwen3guard",
-    "shieldgemma",
+HARM_JUDGES: Final = frozenset(
+    {line.name for line in LINES if line.knows_harm} | {"workshop-exact", "pictures-exact", "profiles-exact"}
 )
-"""Judges that tell a harmful answer from a harmless one. One that is not listed gives no harm figure, rather than a
-false zero."""
-
-UNIT_SCALE_JUDGES: Final = ("strongreject", "fulfilment", "keelwright-toxicity", "unit-tests")
-"""Judges whose scores run from 0 to 1 and not from 1 to 5."""
+"""Judges that tell a harmful answer from a harmless one: those of the registry that say so, and those of the lab. One
+that is not listed gives no harm figure, rather than a false zero."""
 
 
 def name_of(judge_id: str) -> str:
@@ -60,15 +47,6 @@ def harm_verdict(record: Record) -> Judgement | None:
 def is_judged(record: Record) -> bool:
     """Whether the record's label is a verdict at all."""
     return record.label not in EXCLUDED_LABELS
-
-
-def knows_harm(records: Sequence[Record]) -> bool:
-    """Whether the first judge of these records gives harmful requests scores from 1 to 5."""
-    return any(
-        record.score is not None and name_of(next(iter(record.judgements))) not in UNIT_SCALE_JUDGES
-        for record in records
-        if record.kind == "harmful"
-    )
 
 
 def narrowed(records: Sequence[Record], fact: str, value: str) -> list[Record]:

@@ -24,7 +24,7 @@ from typing import Final
 
 from keelwright.core.records import Record
 from keelwright.measure.metric import Metric, Row, item_rows
-from keelwright.measure.readings import REFUSALS, is_judged, verdict
+from keelwright.measure.readings import REFUSALS, is_judged, name_of, verdict
 from keelwright.ops.statistic import harmonic_mean, ratio
 
 FULFILMENT: Final = "fulfilment"
@@ -35,13 +35,11 @@ _ECHO: Final = "prompt echo"
 
 def fulfilled(record: Record) -> bool | None:
     """Return whether an answer does what was asked; None where that could not be judged."""
-    if any(judge.startswith(FULFILMENT) for judge in record.judgements):
+    if any(name_of(judge) == FULFILMENT for judge in record.judgements):
         found = verdict(record, FULFILMENT)
-        return None if found is None or found.score is None else found.score > 0.5
-    if not is_judged(record):
-        return None
-    first = next(iter(record.judgements.values()))
-    return first.label not in _UNFULFILLED and first.raw != _ECHO
+    else:
+        found = next(iter(record.judgements.values())) if is_judged(record) else None
+    return None if found is None else found.label not in _UNFULFILLED and found.raw != _ECHO
 
 
 def _role(record: Record) -> str:

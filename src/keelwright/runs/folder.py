@@ -11,6 +11,7 @@ report.html     the page, rendered from the three files above
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -188,9 +189,13 @@ class ReadRun:
     summary: Mapping[str, Any] | None
     """None while the run is unfinished."""
 
-    def records(self) -> list[Record]:
-        """Read every whole record; a line cut off by a crash is left out."""
-        return _read_records(self.path / "records.jsonl", mend=False)
+    def records(self, *, texts: bool = True) -> list[Record]:
+        """Read every whole record; a line cut off by a crash is left out.
+
+        Args:
+            texts: Keep prompts and answers.
+        """
+        return _read_records(self.path / "records.jsonl", mend=False, texts=texts)
 
 
 def read_run(path: Path) -> ReadRun:
@@ -251,17 +256,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     return whole
 
 
-def _read_records(path: Path, *, mend: bool) -> list[Record]:
-    """Read whole lines; with `mend`, also cut a last line that a crash left unfinished."""
+def _read_records(path: Path, *, mend: bool, texts: bool = True) -> list[Record]:
+    """Return whole lines as records, the newest of each model, item and sample in the place of the first.
+
+    Args:
+        path: `records.jsonl`.
+        mend: Also cut a last line that a crash left unfinished.
+        texts: Keep prompts and answers; statistics do not need them, and without them much fits into memory.
+    """
     if not path.is_file():
         return []
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if mend and len(whole) < len(raw):
+    index = RecordIndex()
+    whole = 0
+    # Bytes, line by line: an answer may hold U+2028, which text mode would leave alone but `splitlines` would not.
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            record = record_from_json(line.decode("utf-8"), where=f"{path}:{number}")
+            index.append(record if texts else dataclasses.replace(record, prompt="", output=""))
+    if mend and whole < path.stat().st_size:
         with path.open("r+b") as stream:
-            stream.truncate(len(whole))
-    lines = whole.decode("utf-8").split("\n")[:-1]  # not splitlines: an answer may hold U+2028
-    return [record_from_json(line, where=f"{path}:{number}") for number, line in enumerate(lines, 1)]
+            stream.truncate(whole)
+    return index.records
 
 
 def _require_same(path: Path, known: Mapping[str, Any], spec: RunSpec, flag: str) -> None:

@@ -77,7 +77,12 @@ def _built_in(spec: PartSpec, ordered: Ordered) -> Part:
         DecodingConfig(ordered.max_new_tokens or suite.max_new_tokens, ordered.batch_size),
     )
     extra = [ordered.find_judge(name) for name in ordered.judges]
-    return replace(part, judges=(*part.judges, *extra), mitigation=ordered.mitigation)
+    return replace(
+        part,
+        judges=(*part.judges, *extra),
+        panel=(*part.panel, *ordered.judges),
+        mitigation=ordered.mitigation,
+    )
 
 
 def _build(spec: PartSpec, ordered: Ordered) -> Part:
@@ -96,11 +101,13 @@ def _build(spec: PartSpec, ordered: Ordered) -> Part:
             found=f"none out of {', '.join(spec.sets)}",
             fix="check its settings and --limit",
         )
+    panel = judges_of(spec, ordered.judges)
     return Part(
         name=spec.name,
         says=spec.says,
         items=drawn.items,
-        judges=tuple(ordered.find_judge(name) for name in judges_of(spec, ordered.judges)),
+        judges=tuple(ordered.find_judge(name) for name in panel),
+        panel=panel,
         decoding=DecodingConfig(
             max_new_tokens=ordered.max_new_tokens or spec.max_new_tokens,
             batch_size=ordered.batch_size,

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judges of an audit, found by name; what would leave this machine is known before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from keelwright.core.protocols import Judge, Progress
+from keelwright.heal.audit_config import AuditConfig
+from keelwright.judges.registry import JudgeContext, JudgeLine, find_judge
+
+TASK_JUDGE: Final = JudgeLine(
+    "task",
+    "Compares with the known answer",
+    "the answer",
+    "correct or wrong, by the item's scorer",
+    "keelwright.measure.scorers:TaskJudge",
+)
+"""Known to this room only: the comparison of tasks lives in `measure`."""
+
+
+def panel_of(config: AuditConfig, progress: Progress) -> Callable[[str], Judge]:
+    """Return what finds a judge by its name under the settings of an audit; equal names are one judge.
+
+    Args:
+        config: The audit's settings.
+        progress: Told of a cache that was damaged.
+    """
+    context = JudgeContext(
+        base_url=config.judge_url,
+        cache=None if config.cache is None else Path(config.cache),
+        offline=config.offline,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+    found: dict[str, Judge] = {}
+
+    def find(spec: str) -> Judge:
+        if spec not in found:
+            found[spec] = find_judge(spec, context, extra=(TASK_JUDGE,))
+        return found[spec]
+
+    return find
