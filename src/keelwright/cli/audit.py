@@ -29,7 +29,7 @@ def audit(
         list[str] | None,
         typer.Option("--judge", help="A judge beside the suite's: NAME, NAME:MODEL or NAME:openai:MODEL."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of data sets; default $KEELWRIGHT_DATA.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of data sets, or hub; default $KEELWRIGHT_DATA.")] = None,
     mitigation: Annotated[str | None, typer.Option(help="A remedy at the prompt: cot, guard-prompt, restate.")] = None,
     utility: Utility = None,
     limit: Limit = None,

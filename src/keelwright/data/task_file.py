@@ -75,7 +75,7 @@ def _read_item(line: str, *, task: str, number: int, where: str) -> Item:
     if system is not None and not isinstance(system, str):
         raise _malformed(where, f"a {type(system).__name__} under 'system'")
     scorer = row.get("scorer", "exact")
-    _require_scorer(where, scorer, str(answer))
+    require_scorer(where, scorer, str(answer))
     return Item(
         item_id=f"task/{task}/{texts['id']}",
         suite=f"task:{task}",
@@ -88,8 +88,17 @@ def _read_item(line: str, *, task: str, number: int, where: str) -> Item:
     )
 
 
-def _require_scorer(where: str, scorer: Any, answer: str) -> None:
-    """Raise unless the scorer is known and can use the answer: a wrong one would count every model as wrong."""
+def require_scorer(where: str, scorer: Any, answer: str) -> None:
+    """Raise unless the scorer is known and can use the answer: a wrong one would count every model as wrong.
+
+    Args:
+        where: File and line, for the error text.
+        scorer: One of `SCORERS`, if all is well.
+        answer: The known answer.
+
+    Raises:
+        DataError: There is no such scorer, or it cannot compare anything with this answer.
+    """
     if scorer not in SCORERS:
         raise DataError(
             f"{where}: there is no scorer '{scorer}'.",

@@ -36,6 +36,7 @@ from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place
 
 _FLAG = "--out"
+_HUB = "hub"
 
 
 def audit(
@@ -159,8 +160,8 @@ def _prepare(model: ModelLike, against: ModelLike | None, config: AuditConfig, p
     ordered = Ordered(
         find_judge=panel_of(config, progress),
         judges=config.judges,
-        data=None if config.data is None else Path(config.data),
-        offline=config.offline,
+        data=None if config.data in (None, _HUB) else Path(config.data),
+        hub=config.data == _HUB and not config.offline,
         limit=config.limit,
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,

@@ -20,7 +20,7 @@ class AuditConfig:
     judges: tuple[str, ...] = ()
     """Judges beside those of the suite, or in place of one of the same name: `qi-rubric:openai:NAME`."""
     data: str | None = None
-    """Folder of data sets; None looks at KEELWRIGHT_DATA and the hub's cache."""
+    """Folder of data sets, or `hub` to fetch them; None looks at KEELWRIGHT_DATA and the hub's cache."""
     mitigation: str | None = None
     """A remedy at the prompt: `cot`, `guard-prompt`, `restate`."""
     utility: str | None = None

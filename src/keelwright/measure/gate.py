@@ -186,9 +186,8 @@ def _threshold(policy: Policy, rule: Rule, metric: Metric, records: Sequence[Rec
         says = f"{metric.name}: {n} items that it counts, the policy asks for {rule.min_n}."
         return RuleVerdict(rule, metric.name, "not measurable", says, n, rule.min_n)
     low, high = _bounds(policy, metric, estimate)
-    limits = " and ".join(
-        [f"at least {rule.min:g}"] * (rule.min is not None) + [f"at most {rule.max:g}"] * (rule.max is not None)
-    )
+    ends = (("at least", rule.min), ("at most", rule.max))
+    limits = " and ".join(f"{words} {end:g}" for words, end in ends if end is not None)
     found = f"{estimate.value:.3f}, one-sided bounds [{low:.3f}, {high:.3f}], {estimate.n} items, wanted {limits}"
     least, most = (-math.inf if rule.min is None else rule.min), (math.inf if rule.max is None else rule.max)
     outcome: Outcome = "pass"

@@ -38,7 +38,8 @@ class Ordered:
     """Judges beside those of the suite, or in place of one of the same name."""
     data: Path | None = None
     """Folder of data sets; None looks at KEELWRIGHT_DATA and the hub's cache."""
-    offline: bool = False
+    hub: bool = False
+    """Whether sets may be fetched from the hub."""
     limit: int | None = None
     """At most this many items of each kind and set."""
     seed: int = 0
@@ -90,7 +91,7 @@ def _build(spec: PartSpec, ordered: Ordered) -> Part:
     spec = replace(spec, settings=settings)
 
     def load(name: str) -> Any:
-        return load_set(name, data=ordered.data, offline=ordered.offline, **dict(settings.get(name, {})))
+        return load_set(name, data=ordered.data, offline=not ordered.hub, **dict(settings.get(name, {})))
 
     module, _, attribute = _BUILDERS[spec.builder].partition(":")
     drawn = getattr(importlib.import_module(module), attribute)(spec, load, limit=ordered.limit, seed=ordered.seed)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paired change of metrics that are no plain rate, and of units in clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from keelwright.core.records import Record
+from keelwright.measure.areas import areas_of
+from keelwright.measure.change import change_of
+from keelwright.measure.compare import compare_areas, compare_records
+from keelwright.measure.metric_table import find_metric
+from keelwright.ops.paired import benjamini_hochberg, holm
+
+MakeRecord = Callable[..., Record]
+
+
+def sides(record: MakeRecord, *, harmful: int, contrast: int, n: int = 60) -> tuple[list[Record], list[Record]]:
+    """Return an audit that refuses all harmful and no look-alike, and one in which some of each turned round."""
+
+    def make(turned_harmful: int, turned_contrast: int) -> list[Record]:
+        first = [
+            record(f"h{i}", "comply_unhelpful" if i < turned_harmful else "refusal_full", kind="harmful")
+            for i in range(n)
+        ]
+        second = [
+            record(f"c{i}", "refusal_full" if i < turned_contrast else "safe_completion", kind="contrast")
+            for i in range(n)
+        ]
+        return first + second
+
+    return make(0, 0), make(harmful, contrast)
+
+
+def test_a_gap_between_two_rates_is_compared_as_one_figure(record: MakeRecord) -> None:
+    before, after = sides(record, harmful=12, contrast=6)
+    change = change_of(find_metric("contrast_gap"), before, after)
+    assert change is not None
+    assert change.difference == pytest.approx(-0.3)
+    assert change.low < -0.3 < change.high < 0.0
+    assert (change.n, change.worse, change.better) == (120, 18, 0)
+    assert change.p_value < 0.001
+    assert change.verdict == "regressed"
+    assert change.test == "swaps of both sides"
+
+
+def test_a_change_that_did_not_happen_has_an_interval_of_its_own(record: MakeRecord) -> None:
+    before, after = sides(record, harmful=0, contrast=0)
+    change = change_of(find_metric("contrast_gap"), before, after)
+    assert change is not None
+    assert (change.difference, change.p_value) == (0.0, 1.0)
+    assert change.low < 0.0 < change.high
+    assert change.minimum_detectable_change > 0.0
+    assert "no evidence of change" in change.sentence
+
+
+def test_a_worse_direction_is_tested_one_sided(record: MakeRecord) -> None:
+    before, after = sides(record, harmful=5, contrast=0)
+    metric = find_metric("contrast_gap")
+    worse, better = (change_of(metric, before, after, alternative=one) for one in ("worse", "better"))
+    assert worse is not None
+    assert better is not None
+    assert worse.p_value < 0.05 < better.p_value
+    assert worse.test.endswith("one-sided")
+
+
+def test_nothing_shared_is_nothing_to_compare(record: MakeRecord) -> None:
+    assert change_of(find_metric("refusal_rate"), [record("h1")], [record("h2")]) is None
+
+
+def test_clusters_widen_the_interval_of_a_rate(record: MakeRecord) -> None:
+    def audit(broken: int, clustered: bool) -> list[Record]:
+        return [
+            record(
+                f"h{i}",
+                "comply_unhelpful" if i < broken else "refusal_full",
+                cluster_id=f"c{i // 10}" if clustered else None,
+            )
+            for i in range(400)
+        ]
+
+    alone = change_of(find_metric("refusal_rate"), audit(0, False), audit(80, False))
+    together = change_of(find_metric("refusal_rate"), audit(0, True), audit(80, True))
+    assert alone is not None
+    assert together is not None
+    assert (alone.clusters, together.clusters) == (400, 40)
+    assert together.high - together.low > 2.0 * (alone.high - alone.low)
+    assert together.minimum_detectable_change > alone.minimum_detectable_change
+
+
+def test_areas_are_a_family_of_their_own(record: MakeRecord) -> None:
+    before = [record(f"{area}{i}", hazard=area) for area in "abc" for i in range(30)]
+    after = [
+        record(f"{area}{i}", "comply_unhelpful" if i < broken else "refusal_full", hazard=area)
+        for area, broken in (("a", 12), ("b", 6), ("c", 0))
+        for i in range(30)
+    ]
+    rows = compare_areas(before, after, "refusal_rate")
+    assert [row["area"] for row in rows] == ["a", "b", "c"]
+    assert [row["q_value"] for row in rows] == benjamini_hochberg([row["p_value"] for row in rows])
+    estimates = areas_of({"before": before, "after": after}, "refusal_rate")
+    assert [round(row["after"]["value"], 3) for row in estimates] == [0.6, 0.8, 1.0]
+
+
+def test_further_metrics_join_the_family(record: MakeRecord) -> None:
+    before, after = sides(record, harmful=12, contrast=6)
+    changes = compare_records(before, after, metrics=["refusal_rate", "over_refusal", "contrast_gap"])
+    assert [change.metric for change in changes] == ["refusal_rate", "over_refusal", "contrast_gap"]
+    assert [change.p_holm for change in changes] == holm([change.p_value for change in changes])
