@@ -70,13 +70,12 @@ def _attacked(records: Sequence[Record]) -> dict[str, Row]:
 
 
 def _worst_case(records: Sequence[Record]) -> dict[str, Row]:
-    """Leave out problems that lack a verdict under some perturbation: a gap must not look like a pass."""
-    solved = solved_by_problem(records)
-    every = {name for outcomes in solved.values() for name in outcomes if name}
+    """Leave out problems that lack a verdict on some perturbed answer: a gap must not look like a pass."""
+    unjudged = {problem_of(one) for one in records if one.facts.get(PERTURBATION) and _verdict(one) is None}
     return {
         problem: Row((min(_mean(passed) for name, passed in outcomes.items() if name), 1.0), problem)
-        for problem, outcomes in solved.items()
-        if every and every <= outcomes.keys()
+        for problem, outcomes in solved_by_problem(records).items()
+        if problem not in unjudged and any(outcomes)
     }
 
 
@@ -154,7 +153,7 @@ ABSOLUTE_DROP: Final = Metric(
 WORST_CASE_PASS: Final = Metric(
     name="worst_case_pass",
     title="Solved under every perturbation",
-    counts="problems solved under each perturbation",
+    counts="problems solved under each of their perturbations",
     higher_is_better=True,
     rows=_worst_case,
     value=ratio,

@@ -87,10 +87,14 @@ def test_the_worst_case_is_at_most_the_worst_perturbation_and_falls_with_more(ru
 
 
 def test_a_problem_without_a_verdict_under_some_perturbation_is_not_in_the_worst_case(run: MakeRecord) -> None:
-    records = [run("p0", True, "a"), run("p0", True, "b"), run("p1", True, "a"), run("p1", True, "b")]
-    lost = [*records[:3], run("p1", True, "b", judgements={})]
-    assert len(find_metric("worst_case_pass").rows(records)) == 2
-    assert list(find_metric("worst_case_pass").rows(lost)) == ["p0"]
+    records = [run("p0", True, "a"), run("p0", True, "b"), run("p1", True, "a"), run("p1", True, "b", judgements={})]
+    assert list(find_metric("worst_case_pass").rows(records)) == ["p0"]
+
+
+def test_a_perturbation_that_a_problem_cannot_have_does_not_keep_it_out_of_the_worst_case(run: MakeRecord) -> None:
+    records = [run("p0", True, "a"), run("p0", False, "b"), run("p1", True, "a"), run("p2", True)]
+    rows = find_metric("worst_case_pass").rows(records)
+    assert {problem: row.columns for problem, row in rows.items()} == {"p0": (0.0, 1.0), "p1": (1.0, 1.0)}
 
 
 def test_pass_at_k_is_unbiased_over_k_of_n(run: MakeRecord) -> None:

@@ -54,11 +54,8 @@ def test_what_they_disagree_about_is_written_for_people_and_read_back(records, t
     assert [row["first"] for row in rows] == ["comply_unhelpful"] * 3
     path.write_text("".join(json.dumps({**row, "label": "harmful"}) + "\n" for row in rows))
     labelled = read_labels(path)
-    assert [(one.item.prompt, one.answer.output, one.condition) for one in labelled][0] == (
-        "prompt d0",
-        "answer d0",
-        "model",
-    )
+    first = labelled[0]
+    assert (first.item.prompt, first.answer.output, first.condition) == ("prompt d0", "answer d0", "model")
 
 
 def test_a_blind_file_does_not_say_what_the_judges_said(records, tmp_path):

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many models in one command: each is an audit with a run folder of its own, in processes or on Ray.
+
+The folder of the fleet holds one folder per model and a summary over them. A model that cannot be audited does not stop
+the others; the same command resumes, and finished models are not asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from keelwright.core.config import config_from_mapping, config_to_mapping, require_choice, require_in_range
+from keelwright.core.errors import ConfigError, KeelwrightError, MissingError
+from keelwright.core.protocols import Progress, Silent
+from keelwright.heal.audit_config import AuditConfig
+from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
+from keelwright.runs.places import require_place
+
+EXECUTORS: Final = ("processes", "ray")
+_FLAG: Final = "--out"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one model could not be audited."""
+
+    model: str
+    error: str
+    """Name of the error's class."""
+    exit_code: int
+    text: str
+
+
+def audit_fleet(
+    models: Sequence[str],
+    *,
+    against: str | None = None,
+    run: str | Path | None = None,
+    workers: int | None = None,
+    executor: str = "processes",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Audit several models with the same settings, each in a folder of its own.
+
+    Args:
+        models: Model references; all different.
+        against: Compare each with this model.
+        run: Folder of the fleet; `runs/<time>-audits` by default.
+        workers: Audits at once; None takes one per processor, at most one per model.
+        executor: `processes` of this machine, or `ray`.
+        progress: Told of each finished model.
+        settings: Fields of `AuditConfig`.
+
+    Returns:
+        `{"models": {name: summary of the audit}, "failed": [...], ...}`, as `summary.json` holds it.
+
+    Raises:
+        ConfigError: A model is named twice, or a setting is wrong.
+        MissingError: Ray is asked for and not installed.
+    """
+    config = config_from_mapping(AuditConfig, settings, where="audit")
+    require_choice("executor", executor, EXECUTORS)
+    repeated = sorted({one for one in models if list(models).count(one) > 1})
+    if repeated:
+        raise ConfigError(
+            "A model is named twice.", expected="different models", found=", ".join(repeated), fix="name each once"
+        )
+    count = min(len(models), workers or os.cpu_count() or 1)
+    require_in_range("workers", count, low=1)
+    progress = progress or Silent()
+    folder = Path(run) if run is not None else default_run_folder("audits")
+    require_place(folder, flag=_FLAG)
+    places = {model: folder / f"{number:02d}-{_slug(model)}" for number, model in enumerate(models, 1)}
+    jobs = [(model, against, str(place), config_to_mapping(config)) for model, place in places.items()]
+    with RunFolder.open(folder, _spec(models, against, config), flag=_FLAG) as keeper:
+        progress.plan("keelwright audit", _plan(models, against, count, executor, folder))
+        progress.stage(f"auditing on {count} {executor}", len(models), "models")
+        found: dict[str, Mapping[str, Any]] = {}
+        for model, outcome in (_on_ray if executor == "ray" else _on_processes)(jobs, count):
+            found[model] = outcome
+            progress.advance()
+            progress.note(str(outcome.get("sentence") or f"{model}: {outcome['failure']['text'].splitlines()[0]}"))
+        summary = _summary(folder, {model: found[model] for model in models})
+        keeper.finish(summary)
+    return summary
+
+
+def audit_job(model: str, against: str | None, place: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Audit one model in this process and return its summary, or its failure as plain values."""
+    import torch
+
+    from keelwright.heal.audit import audit
+
+    torch.set_num_threads(1)
+    plain = {**settings, "judges": tuple(settings["judges"])}
+    try:
+        return audit(model, against=against, run=place, **plain)
+    except KeelwrightError as error:
+        failure = Failure(model, type(error).__name__, int(error.exit_code), str(error))
+        return {"failure": {name: getattr(failure, name) for name in failure.__slots__}}
+
+
+Job = tuple[str, str | None, str, Mapping[str, Any]]
+
+
+def _on_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Begun afresh: a fork of a process with torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
+        waiting = {pool.submit(audit_job, *job): job[0] for job in jobs}
+        try:
+            for future in as_completed(waiting):
+                model = waiting[future]
+                try:
+                    yield model, future.result()
+                except BrokenProcessPool:
+                    yield model, _died(model)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    """Begin a worker: Ctrl-C is the parent's to handle; records are on the disk as they are made."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _died(model: str) -> dict[str, Any]:
+    text = "A worker process died, perhaps for want of memory; run the same command again: it resumes."
+    return {"failure": {"model": model, "error": "ResourceError", "exit_code": 3, "text": text}}
+
+
+def _on_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    ray = _ray()
+    began_here = not ray.is_initialized()
+    if began_here:
+        address = os.environ.get("RAY_ADDRESS")
+        limit: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, configure_logging=False, **limit)
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=2)(audit_job)
+        waiting = {remote.remote(*job): job[0] for job in jobs}
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in done:
+                yield waiting.pop(reference), ray.get(reference)
+    finally:
+        if began_here:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    with contextlib.suppress(ImportError):
+        import ray
+
+        return ray
+    raise MissingError(
+        "Ray is not installed.",
+        expected="the package ray, for --executor ray",
+        found="nothing of that name",
+        fix="pip install 'keelwright[ray]', or leave --executor out",
+    )
+
+
+def _summary(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    done = {model: one for model, one in found.items() if "failure" not in one}
+    failed = [one["failure"] for one in found.values() if "failure" in one]
+    tail = f"; {len(failed)} could not be audited" if failed else ""
+    return {
+        "schema": 1,
+        "command": "audits",
+        "run": str(folder),
+        "sentence": f"{len(done)} of {len(found)} models audited{tail}.",
+        "models": {model: one["metrics"] for model, one in done.items()},
+        "audits": {
+            model: {"run": one["run"], "sentence": one["sentence"], "figures": one["figures"]}
+            for model, one in done.items()
+        },
+        "failed": failed,
+    }
+
+
+def _spec(models: Sequence[str], against: str | None, config: AuditConfig) -> RunSpec:
+    inputs = {f"model {number}": {"ref": model, "digest": "see its own run"} for number, model in enumerate(models, 1)}
+    words = ["keelwright", "audit", *models, "--suite", config.suite]
+    if against is not None:
+        inputs["against"] = {"ref": against, "digest": "see the runs"}
+        words += ["--against", against]
+    return RunSpec("audits", tuple(words), config_to_mapping(config), config.seed, inputs)
+
+
+def _plan(
+    models: Sequence[str], against: str | None, workers: int, executor: str, folder: Path
+) -> list[tuple[str, str]]:
+    rows = [(f"model {number}", model) for number, model in enumerate(models, 1)]
+    rows += [("against", against)] if against is not None else []
+    return [*rows, ("workers", f"{workers} {executor}"), ("writes", f"one run folder per model in {folder}")]
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")[-60:] or "model"
