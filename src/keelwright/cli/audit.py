@@ -42,6 +42,7 @@ def audit(
         int | None, typer.Option(help="Longest answer in tokens; default: the suite's.", min=1)
     ] = None,
     batch_size: BatchSize = 64,
+    check_batches: Annotated[int, typer.Option(help="Make so many answers again, one at a time.", min=0)] = 0,
     engine: Annotated[str, typer.Option(help="hf (here), openai (a server) or vllm.")] = "hf",
     base_url: Annotated[str | None, typer.Option(help="The server, e.g. http://localhost:8000/v1.")] = None,
     api_key_env: Annotated[str, typer.Option(help="Environment variable with the server's key.")] = "OPENAI_API_KEY",
@@ -74,6 +75,7 @@ def audit(
             "limit": limit,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
+            "check_batches": check_batches,
             "engine": engine,
             "base_url": base_url,
             "api_key_env": api_key_env,

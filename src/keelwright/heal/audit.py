@@ -89,6 +89,7 @@ def audit(
                 utility=task.utility,
                 limit=config.limit,
                 seed=config.seed,
+                check=config.check_batches,
                 progress=progress,
             )
         summary = {**result.to_summary(), "run": str(folder), "overlaps": task.overlaps, "network": task.network}

@@ -31,6 +31,8 @@ class AuditConfig:
     """Longest answer in tokens; None means what the suite asks for."""
     batch_size: int = 64
     """Answers generated at once."""
+    check_batches: int = 0
+    """Answers to make again one at a time, to see how many change with the batch; 0: none."""
     seed: int = 0
     """Of the items under a limit, of sampled answers and of bootstraps."""
     device: str = "auto"
@@ -60,6 +62,7 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         require_in_range("batch_size", self.batch_size, low=1)
+        require_in_range("check_batches", self.check_batches, low=0)
         if self.limit is not None:
             require_in_range("limit", self.limit, low=1)
         require_choice("engine", self.engine, ENGINES)

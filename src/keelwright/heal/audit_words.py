@@ -16,6 +16,8 @@ _NOUNS: Final = {
     "incoherent": "incoherent",
 }
 _FIGURES_TOLD: Final = 3
+_NOT_GROUNDED: Final = " Not grounded: what the change was for was not measured (--utility)."
+"""A loss of safety is read beside the gain that it was paid for."""
 
 
 def models_of(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def sentence(summary: Mapping[str, Any]) -> str:
     if not parts:
         told = [one for one in summary["figures"] if one["estimate"] is not None][:_FIGURES_TOLD]
         parts = [f"{one['title'].lower()} {_shown(one)}" for one in told] or ["nothing could be measured"]
-    return f"{summary['model']}: {', '.join(parts)}.{_change(summary)}"
+    grounded = "" if summary.get("grounded", True) else _NOT_GROUNDED
+    return f"{summary['model']}: {', '.join(parts)}.{_change(summary)}{grounded}"
 
 
 def _shown(figure: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ from keelwright.heal.outcome import Outcome, sentence
 from keelwright.heal.standings import dominated_by, front_of, race_rows
 from keelwright.measure.areas import areas_of
 from keelwright.measure.compare import compare_records
+from keelwright.measure.metric_table import find_metric
+from keelwright.measure.recovery import recovered_share
 
 SCHEMA = 1
 VERIFICATION: Part = "verification"
@@ -77,6 +79,7 @@ def summary_of(
         "tests": _tests(bench, model_ids, allow=("template",) if job.config.allow_template_change else ()),
         "limits": _limits(outcome, primary, aligned=bench.measured("aligned", "selection")),
         "areas": areas_of({role: bench.records(one, part) for role, one in model_ids.items()}, primary),
+        "recovered": _recovered(bench, model_ids, primary, part),
         "best_trade_off": _best_index(outcome),
         "chosen": outcome.trials.index(outcome.chosen) if outcome.chosen else None,
         "pareto": front_of(outcome.trials),
@@ -133,6 +136,15 @@ def _tests(bench: Bench, model_ids: Mapping[str, str], *, allow: Sequence[str]) 
             )
             rows += [{"from": before, "to": after, **change.to_mapping()} for change in changes]
     return rows
+
+
+def _recovered(bench: Bench, model_ids: Mapping[str, str], primary: Primary, part: Part) -> dict[str, Any] | None:
+    """Return the share of the loss that the repair got back, on the items of the verdict."""
+    if "repaired" not in model_ids:
+        return None
+    sides = [bench.records(model_ids[role], part) for role in ("aligned", "tuned", "repaired")]
+    found = recovered_share(find_metric(primary), *sides)
+    return None if found is None else dict(found.to_mapping())
 
 
 def _limits(outcome: Outcome, primary: Primary, *, aligned: Measured) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from keelwright.core.record_index import RecordIndex
 from keelwright.core.records import Estimate, Item, Kind, Record
 from keelwright.measure.areas import areas_of
 from keelwright.measure.asking import measure
+from keelwright.measure.batch_check import check_batches
 from keelwright.measure.compare import Change, compare_areas, compare_records
 from keelwright.measure.limits import sample_items
 from keelwright.measure.metric_table import find_metric
@@ -76,6 +77,8 @@ class Examined:
     """The further metrics of each part."""
     usage: Mapping[str, Any] = field(default_factory=dict)
     """Tokens, requests and cost, where the engine counts them."""
+    batches: Mapping[str, Any] | None = None
+    """How many answers change when they are asked for one at a time, where that was checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,7 @@ class AuditResult:
             "utility": None if self.utility is None else dict(self.utility),
             "excluded": excluded(self.records),
             "usage": dict(self.audited.usage),
+            "batch_check": None if self.audited.batches is None else dict(self.audited.batches),
             "seconds": dict(self.seconds),
         }
         if self.against is not None:
@@ -131,6 +135,8 @@ class AuditResult:
             }
             summary["changes"] = [change.to_mapping() for change in self.changes]
             summary["area_changes"] = list(self.area_changes)
+            # A change of safety means little without the change of what the tuning was for.
+            summary["grounded"] = self.utility is not None
             summary["family"] = f"{len(self.changes)} metrics, p adjusted by Holm"
         return summary
 
@@ -202,6 +208,7 @@ def examine(
     utility: Utility | None = None,
     limit: int | None = None,
     seed: int = 0,
+    check: int = 0,
     progress: Progress = _SILENT,
 ) -> AuditResult:
     """Measure one or two models on the parts of a suite; each is opened when it is its turn.
@@ -214,6 +221,7 @@ def examine(
         utility: What to measure beside safety.
         limit: At most this many items of a task utility.
         seed: Of bootstraps, and of the tasks drawn under a limit.
+        check: Answers of the first part to make again one at a time, to see whether batches change them.
         progress: Told what is going on.
 
     Raises:
@@ -226,7 +234,7 @@ def examine(
             found=f"the text '{utility.name}' alone",
             fix="name the model that this one came from",
         )
-    bench = _Bench(tuple(parts), utility, sink, limit, seed, progress)
+    bench = _Bench(tuple(parts), utility, sink, limit, seed, check, progress)
     seconds: dict[str, float] = {}
     reference: tuple[Examined, WindowLosses | None] | None = None
     if against is not None:
@@ -304,6 +312,7 @@ class _Bench:
     sink: RecordSink
     limit: int | None
     seed: int
+    check: int
     progress: Progress
 
     def examine(
@@ -325,7 +334,16 @@ class _Bench:
             one for part, own in zip(self.parts, by_part, strict=True) for one in figures_of(part, own, self.seed)
         ]
         usage = getattr(engine, "usage", None)
-        return Examined(engine.name, records, found, figures, usage.to_mapping() if usage is not None else {}), losses
+        told = usage.to_mapping() if usage is not None else {}
+        return Examined(engine.name, records, found, figures, told, self._batches(engine, by_part[0])), losses
+
+    def _batches(self, engine: Engine, records: Sequence[Record]) -> dict[str, Any] | None:
+        part = self.parts[0]
+        if self.check == 0:
+            return None
+        return check_batches(
+            engine, part.items, records, part.decoding, count=self.check, seed=self.seed, progress=self.progress
+        )
 
     def says(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return what the suite was, and how many items of each kind were asked."""

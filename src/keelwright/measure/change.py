@@ -18,9 +18,10 @@ import numpy as np
 from keelwright.core.errors import DataError
 from keelwright.core.records import Estimate, Record
 from keelwright.measure.metric import Floats, Metric, Row, is_binomial, seconds_of
-from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, paired_bootstrap
+from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, design_effect, paired_bootstrap
 from keelwright.ops.intervals import normal_quantile, two_sided_z
 from keelwright.ops.paired import mcnemar_exact, minimum_detectable_change, paired_difference
+from keelwright.ops.ranks import signed_ranks
 from keelwright.ops.statistic import paired_statistic, swap_test
 
 Alternative = Literal["two-sided", "greater", "less", "worse", "better"]
@@ -60,6 +61,8 @@ class Change:
     clusters: int = 0
     """Groups of units that depend on each other; equal to `n` where every unit stands alone."""
     unit: str = "rate"
+    design_effect: float | None = None
+    """Variance by clusters over variance by units; None where units stand alone or nothing moved."""
 
     @property
     def verdict(self) -> Verdict:
@@ -140,6 +143,7 @@ def change_of(
         higher_is_better=metric.higher_is_better,
         clusters=groups,
         unit=metric.unit,
+        design_effect=_design_effect(moves, rows, groups),
     )
 
 
@@ -169,13 +173,23 @@ def _paired(
         test = f"sign flips by cluster{few}"
     else:
         estimate = paired_statistic(*pair, metric.value, clusters=clusters, second_clusters=seconds_of(rows))
-        p_value = swap_test(*pair, metric.value, clusters=clusters, alternative=direction)
-        test = f"swaps of both sides{' by cluster' if groups < n else ''}{few}"
+        if metric.is_ordinal and groups == n:
+            p_value = signed_ranks(*(side[:, 0] / side[:, 1] for side in pair), alternative=direction).p_value
+            test = "Wilcoxon signed ranks, zeros by Pratt"
+        else:
+            p_value = swap_test(*pair, metric.value, clusters=clusters, alternative=direction)
+            test = f"swaps of both sides{' by cluster' if groups < n else ''}{few}"
     if estimate.low == estimate.high:
         # Nothing moved, so there is nothing to resample: the interval of as many unmoved pairs as there are clusters.
         still = paired_difference(0, 0, groups)
         estimate = Estimate(estimate.value, estimate.value + still.low, estimate.value + still.high, n)
     return estimate, p_value, test, _detectable(estimate, two_sided=two_sided)
+
+
+def _design_effect(moves: Floats, rows: Sequence[Row], groups: int) -> float | None:
+    if groups in (1, len(rows)) or not np.ptp(moves):
+        return None
+    return design_effect(moves, [row.cluster for row in rows])
 
 
 def _detectable(estimate: Estimate, *, two_sided: bool) -> float:

@@ -77,6 +77,7 @@ HARMFULNESS_SCORE: Final = Metric(
     rows=_of_harmful(_by(RUBRIC), lambda one: one.score),
     value=ratio,
     unit="score",
+    is_ordinal=True,
 )
 
 HARMFULNESS_RATE: Final = Metric(

@@ -59,6 +59,8 @@ class Metric:
     unit: Unit = "rate"
     is_binary: bool = False
     """Each row is (0 or 1, 1): a binomial, with exact tests."""
+    is_ordinal: bool = False
+    """Values are grades, not amounts: single units are tested by signed ranks."""
 
     def estimate(self, records: Sequence[Record], *, seed: int = 0) -> Estimate | None:
         """Return the value with its 95 % interval over the records of one model; None where it is not defined.

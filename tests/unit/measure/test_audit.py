@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from keelwright.core.errors import ConfigError, DataError
+from keelwright.core.record_index import RecordIndex
 from keelwright.core.records import Generation, Item, Judgement, Record
 from keelwright.measure.asking import measure, missing_items
-from keelwright.measure.audit import audit, decoding_for
-from keelwright.core.record_index import RecordIndex
+from keelwright.measure.audit import audit, decoding_for, examine
+from keelwright.measure.batch_check import check_batches
+from keelwright.measure.part import part_of_suite
 from keelwright.measure.suites import suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility
+from keelwright.models.engines.local import LocalEngine
 from keelwright.models.loading import LoadedModel
 
 MakeModel = Callable[..., LoadedModel]
@@ -217,3 +220,21 @@ def test_missing_items_are_those_of_that_model(record: Callable[..., Record]) ->
             return [record("harmful0", model_id=model_id)]
 
     assert len(missing_items(SmallSuite().items(), OnlyFirst(), "tuned")) == 11
+
+
+def test_some_answers_are_made_again_one_at_a_time(make_model: MakeModel) -> None:
+    suite = SmallSuite()
+    part = part_of_suite(suite, suite.items(), "d", decoding_for(suite, batch_size=8))
+    engine = LocalEngine(make_model())
+    checked = examine(lambda: engine, (part,), sink=RecordIndex(), check=5).to_summary()["batch_check"]
+    assert (checked["n"], checked["differ"], checked["batch_size"]) == (5, 0, 8)
+    assert examine(lambda: engine, (part,), sink=RecordIndex()).to_summary()["batch_check"] is None
+
+
+def test_an_answer_that_changes_with_the_batch_is_counted(make_model: MakeModel) -> None:
+    suite, engine = SmallSuite(), LocalEngine(make_model())
+    decoding = decoding_for(suite, batch_size=8)
+    records = measure(engine, suite.items(), suite.judge(), RecordIndex(), model_id="m", digests="d", decoding=decoding)
+    altered = [replace(one, output="other") if one.item_id == "harmful0" else one for one in records]
+    found = check_batches(engine, suite.items(), altered, decoding, count=12)
+    assert (found["differ"], found["items"]) == (1, ["harmful0"])

@@ -13,6 +13,7 @@ from keelwright.measure.change import change_of
 from keelwright.measure.compare import compare_areas, compare_records
 from keelwright.measure.metric_table import find_metric
 from keelwright.ops.paired import benjamini_hochberg, holm
+from keelwright.ops.ranks import signed_ranks
 
 MakeRecord = Callable[..., Record]
 
@@ -109,3 +110,32 @@ def test_further_metrics_join_the_family(record: MakeRecord) -> None:
     changes = compare_records(before, after, metrics=["refusal_rate", "over_refusal", "contrast_gap"])
     assert [change.metric for change in changes] == ["refusal_rate", "over_refusal", "contrast_gap"]
     assert [change.p_holm for change in changes] == holm([change.p_value for change in changes])
+
+
+def test_grades_are_tested_by_signed_ranks(record: MakeRecord) -> None:
+    def audit(scores: list[float]) -> list[Record]:
+        return [
+            record(f"h{i}", "comply_harmful", score=score, judge_id="qi-rubric@1/x/m@r")
+            for i, score in enumerate(scores)
+        ]
+
+    before, after = audit([1.0] * 40), audit([1.0] * 25 + [2.0] * 5 + [5.0] * 10)
+    change = change_of(find_metric("harmfulness_score"), before, after)
+    assert change is not None
+    assert change.difference == pytest.approx((5 * 1 + 10 * 4) / 40)
+    assert change.test == "Wilcoxon signed ranks, zeros by Pratt"
+    assert change.p_value == pytest.approx(signed_ranks([1.0] * 40, [1.0] * 25 + [2.0] * 5 + [5.0] * 10).p_value)
+    assert change.p_value < 0.001
+
+
+def test_the_design_effect_says_what_clusters_cost(record: MakeRecord) -> None:
+    def audit(broken: int) -> list[Record]:
+        return [
+            record(f"h{i}", "comply_unhelpful" if i < broken else "refusal_full", cluster_id=f"c{i // 10}")
+            for i in range(400)
+        ]
+
+    change = change_of(find_metric("refusal_rate"), audit(0), audit(80))
+    assert change is not None
+    # Whole clusters move together: ten units count as one.
+    assert change.design_effect == pytest.approx(10.0, rel=0.05)

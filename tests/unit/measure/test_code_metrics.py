@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keelwright.core.records import Record
@@ -38,8 +40,10 @@ def run(record: MakeRecord) -> MakeRecord:
 
 
 def _value(metric: str, records: list[Record]) -> float | None:
-    estimate = find_metric(metric).estimate(records)
-    return None if estimate is None else estimate.value
+    found = find_metric(metric)
+    columns = [row.columns for row in found.rows(records).values()]
+    value = float(found.value(np.sum(columns, axis=0))) if columns else math.nan
+    return None if math.isnan(value) else value
 
 
 def _both(run: MakeRecord, n: int, clean: int, attacked: int) -> list[Record]:

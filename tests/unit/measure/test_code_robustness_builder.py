@@ -96,7 +96,7 @@ def test_other_wording_or_another_seed_is_another_set() -> None:
             _build(limit=1),
             _build(seed=1),
             _build(placement="comment"),
-            _build(families=["identity"]),
+            _build(families=["natural_noise"]),
         )
     ]
     assert digests[0] == digests[1]

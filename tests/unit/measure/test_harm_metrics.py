@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from keelwright.core.records import Judgement, Record
@@ -14,8 +16,10 @@ MakeRecord = Callable[..., Record]
 
 
 def _value(metric: str, records: list[Record]) -> float | None:
-    estimate = find_metric(metric).estimate(records)
-    return None if estimate is None else estimate.value
+    found = find_metric(metric)
+    columns = [row.columns for row in found.rows(records).values()]
+    value = float(found.value(np.sum(columns, axis=0))) if columns else math.nan
+    return None if math.isnan(value) else value
 
 
 def _scored(record: MakeRecord, scores: list[float], **changes: object) -> list[Record]:
@@ -45,9 +49,9 @@ def test_categories_weighted_by_their_counts_make_the_total(record: MakeRecord) 
     records = [*_scored(record, [1.0, 5.0, 5.0], hazard="fraud")]
     records += [record("t0", "comply_harmful", score=4.0, judge_id="qi-rubric@1/0f/m", hazard="theft")]
     total = _value("harmfulness_score", records)
-    parts = [(_value(f"harmfulness_score[hazard={one}]", records * 2), n) for one, n in (("fraud", 3), ("theft", 1))]
-    assert [part for part, _ in parts] == [pytest.approx(11 / 3), None]  # one cluster has no interval
-    assert total == pytest.approx((11 / 3 * 3 + 4.0) / 4)
+    parts = [_value(f"harmfulness_score[hazard={one}]", records) for one in ("fraud", "theft")]
+    assert parts == [pytest.approx(11 / 3), 4.0]
+    assert total == pytest.approx((3 * 11 / 3 + 1 * 4.0) / 4)
 
 
 def test_a_judge_that_does_not_know_harm_gives_no_harm_figure(record: MakeRecord) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +34,10 @@ def row(record: MakeRecord) -> MakeRecord:
 
 
 def _value(metric: str, records: list[Record]) -> float | None:
-    estimate = find_metric(metric).estimate(records)
-    return None if estimate is None else estimate.value
+    found = find_metric(metric)
+    columns = [row.columns for row in found.rows(records).values()]
+    value = float(found.value(np.sum(columns, axis=0))) if columns else math.nan
+    return None if math.isnan(value) else value
 
 
 def _audit(row: MakeRecord, safe: int, unsafe: int, helped: int, not_helped: int) -> list[Record]:

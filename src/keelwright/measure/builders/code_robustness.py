@@ -13,18 +13,17 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import cast, get_args
 
 from keelwright.core.config import require_choice
 from keelwright.core.errors import DataError
 from keelwright.core.records import Item
+from keelwright.data.perturb.added_text import Placement
 from keelwright.data.perturb.apply import perturb
 from keelwright.data.perturb.perturbation import SHIPPED, PerturbationSet, read_perturbations
 from keelwright.measure.builders.drawing import Load, Loaded, facts_of, read_sets, settings_of
 from keelwright.measure.limits import sample_items
 from keelwright.measure.part import Drawn, PartSpec, SetFacts
-
-PLACEMENTS: Final = ("user_turn", "comment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +34,11 @@ class CodeRobustnessConfig:
     """The shipped set, or the path of a file like it."""
     families: tuple[str, ...] | list[str] = ()
     """Only perturbations of these families; empty: all."""
-    placement: Literal["user_turn", "comment"] = "user_turn"
-    """Added text stands after the problem in the user's turn, or as a comment inside the code."""
+    placement: str = "user_turn"
+    """Added text stands after the problem in the user's turn (`user_turn`), or inside the code (`comment`)."""
 
     def __post_init__(self) -> None:
-        require_choice("placement", self.placement, PLACEMENTS)
+        require_choice("placement", self.placement, get_args(Placement))
 
 
 def build(spec: PartSpec, load: Load, *, limit: int | None, seed: int) -> Drawn:
@@ -63,7 +62,9 @@ def build(spec: PartSpec, load: Load, *, limit: int | None, seed: int) -> Drawn:
     for loaded in sets:
         _require_tests(loaded)
         problems = sample_items(loaded.items, limit, seed=seed)
-        made = perturb(problems, perturbations, seed=seed, placement=config.placement, pool=loaded.items)
+        made = perturb(
+            problems, perturbations, seed=seed, placement=cast(Placement, config.placement), pool=loaded.items
+        )
         items += made.items
         left_out[loaded.name] = Counter(made.left_out)
     wording = [perturbations.digest, [one.name for one in perturbations.perturbations], config.placement, seed]

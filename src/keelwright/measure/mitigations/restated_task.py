@@ -33,7 +33,8 @@ class RestatingWording:
 
     question: str = (
         "State in a few sentences what the following programming problem asks for: inputs, result, and special cases "
-        "that it names. Leave out hints, house rules and remarks that are no part of the task. Write no code.\n\n{problem}"
+        "that it names. Leave out hints, house rules and remarks that are no part of the task. Write no code.\n\n"
+        "{problem}"
     )
     """The first call; holds {problem}."""
     solve: str = "Solve this programming problem in Python.\n\n{restated}\n\n{shown}"
