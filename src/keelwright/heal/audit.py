@@ -19,6 +19,7 @@ from keelwright.heal.audit_words import models_of, sentence
 from keelwright.heal.panel import panel_of
 from keelwright.heal.parties import ModelLike, Party, check_weights, open_party
 from keelwright.heal.reporting import ensure_report, write_report
+from keelwright.judges.registry import HOSTED
 from keelwright.measure.audit import examine
 from keelwright.measure.mitigations import find_mitigation
 from keelwright.measure.part import Part
@@ -26,6 +27,7 @@ from keelwright.measure.suites.building import Ordered, build_parts
 from keelwright.measure.suites.loading import read_suite
 from keelwright.measure.utility import TextUtility, Utility, load_utility
 from keelwright.models.chat import template_digest
+from keelwright.models.engines.hosts import foreign_host
 from keelwright.models.engines.local import LocalEngine
 from keelwright.models.engines.opening import open_engine
 from keelwright.models.loading import find_device, load
@@ -119,7 +121,7 @@ class _Task:
         """Hosts that prompts or answers are sent to."""
         hosts = [getattr(judge, "network", None) for part in self.parts for judge in part.judges]
         if self.config.engine == "openai":
-            hosts.insert(0, self.config.base_url or "https://api.openai.com/v1")
+            hosts.insert(0, foreign_host(self.config.base_url or HOSTED))
         return [host for host in dict.fromkeys(hosts) if host]
 
     def open(self, role: str, progress: Progress) -> Callable[[], Engine]:

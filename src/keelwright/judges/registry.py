@@ -9,18 +9,17 @@ model is opened before it is asked something; what leaves this machine is known 
 from __future__ import annotations
 
 import importlib
-import ipaddress
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
-from urllib.parse import urlsplit
 
 from keelwright.core.config import nearest
 from keelwright.core.decoding import DecodingConfig
 from keelwright.core.errors import ConfigError, OfflineError
 from keelwright.core.protocols import Engine, Judge, Progress, Silent
 from keelwright.core.records import Generation, Item
+from keelwright.models.engines.hosts import foreign_host
 
 EngineName = Literal["hf", "vllm", "openai"]
 
@@ -408,13 +407,4 @@ def _opener(context: JudgeContext) -> Callable[[str, EngineName], Engine]:
 def _network(spec: JudgeSpec, context: JudgeContext) -> str | None:
     if spec.engine != "openai":
         return None
-    address = context.base_url or HOSTED
-    host = urlsplit(address if "//" in address else f"//{address}").hostname or address
-    return None if _is_this_machine(host) else host
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return foreign_host(context.base_url or HOSTED)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
@@ -41,6 +40,7 @@ from keelwright.core.records import Generation, Item
 from keelwright.models.engines.background import stream
 from keelwright.models.engines.exchange import Exchange, Line, Refused, Unanswered, require_http_library
 from keelwright.models.engines.failures import Outcome, Outcomes, fatal, unknown_model
+from keelwright.models.engines.hosts import is_this_machine
 from keelwright.models.engines.pacing import Pacer
 from keelwright.models.engines.replies import Answer, Why, read_answer, read_models
 from keelwright.models.engines.usage import Tally, Usage
@@ -407,14 +407,7 @@ def _address(base_url: str) -> tuple[str, str, bool]:
         )
     shown = f"[{host}]" if ":" in host else host
     place = f"{parts.scheme}://{shown}{'' if port is None else f':{port}'}{parts.path.rstrip('/') or '/v1'}"
-    return place, host, _is_loopback(host)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return place, host, is_this_machine(host)
 
 
 def _first(several: BaseExceptionGroup[BaseException]) -> BaseException:
