@@ -3,39 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from keelwright.cli.options import BatchSize, Device, Json, Limit, Offline, Quiet, Seed, Suites, Utility
-from keelwright.cli.screen import (
-    ScreenProgress,
-    errors_as_exit_codes,
-    figures_table,
-    metrics_table,
-    print_json,
-    stdout_console,
-)
+from keelwright.cli.screen import ScreenProgress, errors_as_exit_codes, print_json
+from keelwright.core.errors import ConfigError
 
 
 def audit(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="MODEL...",
             help="Hub id[@revision], folder, FOLDER+ADAPTER, lab:NAME, or a name at a server; several: one run each.",
         ),
-    ],
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Compare with this model on the same items.")] = None,
     suite: Suites = "auto",
     judges: Annotated[
         list[str] | None,
         typer.Option("--judge", help="A judge beside the suite's: NAME, NAME:MODEL or NAME:openai:MODEL."),
     ] = None,
+    validate_judge: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold the judges against this file of people's labels; without a MODEL only that."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Folder of data sets, or hub; default $KEELWRIGHT_DATA.")] = None,
-    mitigation: Annotated[str | None, typer.Option(help="A remedy at the prompt: cot, guard-prompt, restate.")] = None,
+    mitigation: Annotated[
+        str | None, typer.Option(help="A remedy at the prompt: cot, task-guard or restated-task.")
+    ] = None,
     utility: Utility = None,
     limit: Limit = None,
     max_new_tokens: Annotated[
@@ -65,64 +64,49 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Measure a model's safety: every rate with its count and interval."""
+    given = dict(locals())
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
-        settings: dict[str, Any] = {
-            "suite": suite,
-            "judges": tuple(judges or ()),
-            "data": data,
-            "mitigation": mitigation,
-            "utility": utility,
-            "limit": limit,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "check_batches": check_batches,
-            "engine": engine,
-            "base_url": base_url,
-            "api_key_env": api_key_env,
-            "concurrency": concurrency,
-            "requests_per_minute": requests_per_minute,
-            "price_in": price_in,
-            "price_out": price_out,
-            "judge_url": judge_url,
-            "cache": cache,
-            "allow_pickle": allow_pickle,
-            "seed": seed,
-            "device": device,
-            "offline": offline,
-        }
-        shared: dict[str, Any] = {"against": against, "run": out, "progress": progress, **settings}
-        if len(models) == 1:
-            from keelwright.heal.audit import audit as run_audit
+        from keelwright.heal.audit_config import AuditConfig
 
-            summary = run_audit(models[0], **shared)
-        else:
-            from keelwright.heal.fleet import audit_fleet
-
-            summary = audit_fleet(models, workers=workers, executor=executor, **shared)
+        settings = {name: given[name] for name in AuditConfig.__slots__ if name not in {"judges", "validate_judge"}}
+        shared: dict[str, Any] = {"run": out, "progress": progress, "judges": tuple(judges or ()), **settings}
+        labels = tuple(validate_judge or ())
+        summary = _run(models or [], against, labels, workers=workers, executor=executor, shared=shared)
     if as_json:
         print_json(summary)
-    elif len(models) > 1:
-        _show_fleet(summary)
     else:
-        _show(summary)
+        from keelwright.cli.results import show_result
+
+        show_result(summary)
     if summary.get("failed"):
         raise typer.Exit(max(one["exit_code"] for one in summary["failed"]))
 
 
-def _show(summary: Mapping[str, Any]) -> None:
-    console = stdout_console()
-    console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
-    console.print(metrics_table(summary))
-    if summary["figures"]:
-        console.print(figures_table(summary))
-    console.print(f"report  {summary['run']}/report.html", markup=False, soft_wrap=True)
+def _run(
+    models: list[str],
+    against: str | None,
+    labels: tuple[str, ...],
+    *,
+    workers: int | None,
+    executor: str,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    """Audit one model or several, or hold judges against labels where no model is named."""
+    if not models:
+        if not labels or against is not None:
+            raise ConfigError(
+                "No model was named.",
+                expected="keelwright audit MODEL, or --validate-judge LABELS without --against",
+                found="no MODEL" if against is None else f"--against {against} and no MODEL",
+                fix="name the model to audit",
+            )
+        from keelwright.heal.validation import validate_judges
 
+        return validate_judges(labels, **shared)
+    if len(models) == 1:
+        from keelwright.heal.audit import audit as run_audit
 
-def _show_fleet(summary: Mapping[str, Any]) -> None:
-    console = stdout_console()
-    console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
-    console.print(metrics_table(summary))
-    for one in summary["audits"].values():
-        console.print(f"report  {one['run']}/report.html", markup=False, soft_wrap=True)
-    for one in summary["failed"]:
-        console.print(f"\n{one['model']}: {one['error']}: {one['text']}", markup=False, soft_wrap=True)
+        return run_audit(models[0], against=against, validate_judge=labels, **shared)
+    from keelwright.heal.fleet import audit_fleet
+
+    return audit_fleet(models, against=against, workers=workers, executor=executor, validate_judge=labels, **shared)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from keelwright.cli.options import Json
-from keelwright.cli.screen import errors_as_exit_codes, print_json, stdout_console
+from keelwright.cli.screen import errors_as_exit_codes, print_json
 
 
 def compare(
@@ -30,25 +30,7 @@ def compare(
         summary = run_compare(run_a, run_b, run=out, metrics=metric or (), allow=allow or (), scorer=scorer)
     if as_json:
         print_json(summary)
-        return
-    from rich.table import Table
+    else:
+        from keelwright.cli.results import show_result
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("metric", "change", "95 % interval", "p", "p (Holm)", "items"):
-        table.add_column(title, justify="left" if title == "metric" else "right", no_wrap=True)
-    for change in summary["changes"]:
-        scale, unit = (1.0, "") if change["unit"] == "score" else (100.0, " points")
-        interval = f"[{scale * change['low']:+.1f}, {scale * change['high']:+.1f}]"
-        table.add_row(
-            change["metric"].replace("_", " "),
-            f"{scale * change['difference']:+.1f}{unit}",
-            interval,
-            f"{change['p_value']:.3g}",
-            f"{change['p_holm']:.3g}",
-            str(change["n"]),
-        )
-    console = stdout_console()
-    console.print(table)
-    for line in summary["says"]:
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(f"report  {summary['run']}/report.html", markup=False, soft_wrap=True)
+        show_result(summary)

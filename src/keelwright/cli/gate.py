@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from keelwright.cli.options import Json
-from keelwright.cli.screen import errors_as_exit_codes, print_json, stdout_console
+from keelwright.cli.screen import errors_as_exit_codes, print_json
 from keelwright.core.errors import ExitCode
 
 
@@ -30,9 +30,8 @@ def gate(
     if as_json:
         print_json(summary)
     else:
-        console = stdout_console()
-        for one in summary["rules"]:
-            console.print(f"{one['outcome']:<14}  {one['says']}", markup=False, soft_wrap=True)
-        console.print(f"\n{summary['outcome']}  {summary['run']}", style="bold", markup=False, soft_wrap=True)
+        from keelwright.cli.results import show_result
+
+        show_result(summary)
     codes = {"pass": ExitCode.DONE, "fail": ExitCode.GATE_FAILED, "not measurable": ExitCode.NOT_MEASURABLE}
     raise typer.Exit(int(codes[summary["outcome"]]))

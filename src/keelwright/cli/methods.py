@@ -1,38 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`keelwright methods`: what is in the house, from the catalogue alone."""
+"""`keelwright methods`: what is in the house, from the catalogues alone."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Final
 
 import typer
 
 from keelwright.cli.options import Json
 from keelwright.cli.screen import errors_as_exit_codes, print_json
+from keelwright.core.config import nearest
+from keelwright.core.errors import ConfigError
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show one method.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one of them.")] = None,
+    judges: Annotated[bool, typer.Option("--judges", help="List judges instead.")] = False,
+    suites: Annotated[bool, typer.Option("--suites", help="List suites instead.")] = False,
+    sets: Annotated[bool, typer.Option("--sets", help="List data sets instead.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="List metrics instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List every method with its room, status, needs and source."""
+    """List every method with its room, status, needs and source; or judges, suites, data sets, metrics."""
     with errors_as_exit_codes(as_json=as_json):
-        from keelwright.core.catalogue import catalogue, find_method
-
-        lines = [find_method(name)] if name else list(catalogue().values())
+        asked = {"judge": judges, "suite": suites, "data set": sets, "metric": metrics}
+        kinds = [kind for kind, wanted in asked.items() if wanted]
+        if len(kinds) > 1:
+            raise ConfigError(
+                "Several lists were asked for.",
+                expected="one of --judges, --suites, --sets, --metrics",
+                found=f"{len(kinds)} of them",
+                fix="ask for one at a time",
+            )
+        read, columns = _LISTS[kinds[0] if kinds else "method"]
+        rows = _named(read(), name, kinds[0]) if name and kinds else _method(name) if name else read()
         if as_json:
-            print_json([line.to_mapping() for line in lines])
+            print_json(rows)
             return
-        from rich.table import Table
+        _show(rows, columns, title=bool(name))
 
-        from keelwright.cli.screen import stdout_console
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in ("name", "room", "status", "needs", "source"):
-            table.add_column(title, no_wrap=title != "source")
-        for line in lines:
-            table.add_row(line.name, line.room, line.status, ", ".join(line.needs), line.source)
-        console = stdout_console()
-        console.print(table)
-        if name:
-            console.print(f"\n{lines[0].title}.", markup=False)
+def _show(rows: Rows, columns: Sequence[str], *, title: bool) -> None:
+    from rich.table import Table
+
+    from keelwright.cli.screen import stdout_console
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for position, column in enumerate(columns):
+        table.add_column(column.replace("_", " "), no_wrap=position < len(columns) - 1)
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    console = stdout_console()
+    console.print(table)
+    if title and rows[0].get("title"):
+        console.print(f"\n{rows[0]['title']}.", markup=False)
+
+
+def _cell(value: Any) -> Any:
+    from rich.text import Text
+
+    words = {True: "yes", False: "no", None: ""}
+    if value is None or isinstance(value, bool):
+        return Text(words[value])
+    return Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+
+
+def _methods() -> Rows:
+    from keelwright.core.catalogue import catalogue
+
+    return [line.to_mapping() for line in catalogue().values()]
+
+
+def _method(name: str) -> Rows:
+    from keelwright.core.catalogue import find_method
+
+    return [find_method(name).to_mapping()]
+
+
+def _judges() -> Rows:
+    from keelwright.heal.panel import TASK_JUDGE
+    from keelwright.judges.registry import judge_table
+
+    return judge_table((TASK_JUDGE,))
+
+
+def _suites() -> Rows:
+    from keelwright.measure.suites.loading import BUILT_IN, read_suite, suite_names
+
+    found = []
+    for name in suite_names():
+        spec = read_suite(name)
+        says = spec.says or _says(name)
+        judges = list(dict.fromkeys(one for part in spec.parts for one in part.judges)) if name not in BUILT_IN else []
+        sets = list(dict.fromkeys(one for part in spec.parts for one in part.sets))
+        found.append({"name": name, "sets": sets, "judges": judges or ["its own"], "says": says})
+    return found
+
+
+def _says(name: str) -> str:
+    from keelwright.measure.suites import find_suite
+
+    return find_suite(name).says
+
+
+def _sets() -> Rows:
+    from keelwright.data.sets.catalogue import SETS
+
+    return [
+        {
+            "name": one.name,
+            "title": one.title,
+            "licence": one.licence,
+            "hub": one.hub,
+            "holds": one.holds,
+            "caution": one.caution,
+            "citation": one.citation,
+        }
+        for one in SETS.values()
+    ]
+
+
+def _metrics() -> Rows:
+    from keelwright.measure.metric_table import METRIC_NAMES, find_metric
+
+    found = []
+    for name in METRIC_NAMES:
+        metric = find_metric(name.removesuffix("_K") + "_1" if name.endswith("_K") else name)
+        better = "higher" if metric.higher_is_better else "lower"
+        found.append({"name": name, "unit": metric.unit, "better": better, "counts": metric.counts})
+    return found
+
+
+def _named(rows: Rows, name: str, kind: str) -> Rows:
+    found = [row for row in rows if row["name"] == name]
+    if not found:
+        names = [str(row["name"]) for row in rows]
+        raise ConfigError(
+            f"There is no {kind} '{name}'.",
+            expected=f"one of {', '.join(names)}",
+            found=name,
+            fix=nearest(name, names),
+        )
+    return found
+
+
+_LISTS: Final[Mapping[str, tuple[Callable[[], Rows], tuple[str, ...]]]] = {
+    "method": (_methods, ("name", "room", "status", "needs", "source")),
+    "judge": (_judges, ("name", "knows_harm", "needs", "says")),
+    "suite": (_suites, ("name", "sets", "says")),
+    "data set": (_sets, ("name", "licence", "holds")),
+    "metric": (_metrics, ("name", "unit", "better", "counts")),
+}
+"""By what is listed: where its rows come from, and the columns that a table shows."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import warnings
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class CodePrompt:
     after: str
 
 
+@functools.lru_cache(maxsize=512)
 def split_prompt(prompt: str, entry_point: str) -> CodePrompt:
     """Cut a prompt at the opened function.
 

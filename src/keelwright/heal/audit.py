@@ -16,15 +16,14 @@ from keelwright.core.protocols import Engine, Progress, Silent
 from keelwright.core.records import Item
 from keelwright.heal.audit_config import AuditConfig
 from keelwright.heal.audit_words import models_of, sentence
-from keelwright.heal.panel import panel_of
+from keelwright.heal.ordering import items_digest, ordered_parts, suite_name
 from keelwright.heal.parties import ModelLike, Party, check_weights, open_party
 from keelwright.heal.reporting import ensure_report, write_report
+from keelwright.heal.validation import label_inputs, require_labels, validate_audit
 from keelwright.judges.registry import HOSTED
 from keelwright.measure.audit import examine
-from keelwright.measure.mitigations import find_mitigation
+from keelwright.measure.lm_eval_tasks import LmEvalUtility
 from keelwright.measure.part import Part
-from keelwright.measure.suites.building import Ordered, build_parts
-from keelwright.measure.suites.loading import read_suite
 from keelwright.measure.utility import TextUtility, Utility, load_utility
 from keelwright.models.chat import template_digest
 from keelwright.models.engines.hosts import foreign_host
@@ -38,7 +37,6 @@ from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place
 
 _FLAG = "--out"
-_HUB = "hub"
 
 
 def audit(
@@ -97,6 +95,10 @@ def audit(
         summary = {**result.to_summary(), "run": str(folder), "overlaps": task.overlaps, "network": task.network}
         summary["models"] = models_of(summary)
         summary["sentence"] = sentence(summary)
+        if config.validate_judge:
+            summary["validation"] = validate_audit(
+                result, task.parts, config.validate_judge, seed=config.seed, progress=progress
+            )
         keeper.finish(summary)
     write_report(folder)
     return summary
@@ -158,24 +160,13 @@ def _prepare(model: ModelLike, against: ModelLike | None, config: AuditConfig, p
     find_device(config.device)
     named = {"model": model} if against is None else {"model": model, "against": against}
     refs = {role: parse_ref(one).text if config.engine == "hf" else str(one) for role, one in named.items()}
-    is_lab = config.engine == "hf" and parse_ref(model).kind == "lab"
-    suite = ("workshop" if is_lab else "core") if config.suite == "auto" else config.suite
-    ordered = Ordered(
-        find_judge=panel_of(config, progress),
-        judges=config.judges,
-        data=None if config.data in (None, _HUB) else Path(config.data),
-        hub=config.data == _HUB and not config.offline,
-        limit=config.limit,
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        mitigation=None if config.mitigation is None else find_mitigation(config.mitigation),
-    )
-    utility = load_utility(config.utility) if config.utility is not None else None
-    spec = read_suite(suite)
+    utility = load_utility(config.utility, offline=config.offline) if config.utility is not None else None
+    if isinstance(utility, LmEvalUtility):
+        utility.prepare(progress=progress)
+    require_labels(config.validate_judge, has_records=True)
     parties = {role: _open(role, one, config) for role, one in named.items()} if config.engine == "hf" else {}
     _require_comparable(parties, utility, has_reference=against is not None)
-    parts = build_parts(spec, ordered)
+    parts = ordered_parts(config, suite_name(config, model), progress)
     if parties:
         require_memory(max(party.total_bytes for party in parties.values()), "This audit")
     return _Task(config, refs, parties, parts, utility, overlaps_of(parts))
@@ -246,7 +237,8 @@ def _spec(task: _Task) -> RunSpec:
         value = getattr(config, name)
         if value is not None and Path(value).is_file():
             inputs[name] = {"ref": value, "digest": file_digest(Path(value))}
-    inputs["items"] = {"ref": config.suite, "digest": " ".join(one.digest for part in task.parts for one in part.sets)}
+    inputs |= label_inputs(config.validate_judge)
+    inputs["items"] = {"ref": config.suite, "digest": items_digest(task.parts)}
     return RunSpec("audit", _words(task), config_to_mapping(config), config.seed, inputs)
 
 
@@ -263,7 +255,8 @@ def _words(task: _Task) -> tuple[str, ...]:
         if name in {"suite", "judges"} or value == getattr(default, name):
             continue
         flag = f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        several = value if isinstance(value, tuple) else (value,)
+        words += [flag] if value is True else [word for one in several for word in (flag, str(one))]
     return tuple(words)
 
 

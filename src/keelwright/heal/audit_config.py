@@ -22,7 +22,7 @@ class AuditConfig:
     data: str | None = None
     """Folder of data sets, or `hub` to fetch them; None looks at KEELWRIGHT_DATA and the hub's cache."""
     mitigation: str | None = None
-    """A remedy at the prompt: `cot`, `guard-prompt`, `restate`."""
+    """A remedy at the prompt: see `measure.mitigations.MITIGATION_NAMES`."""
     utility: str | None = None
     """Task file, text file (needs `against`), `lab:` task or `lm-eval:` tasks."""
     limit: int | None = None
@@ -59,6 +59,8 @@ class AuditConfig:
     """Price of a million tokens written."""
     cache: str | None = None
     """SQLite file of verdicts of judges that ask a model; None keeps them in the run folder only."""
+    validate_judge: tuple[str, ...] = ()
+    """Files of people's labels that the judges are held against."""
 
     def __post_init__(self) -> None:
         require_in_range("batch_size", self.batch_size, low=1)

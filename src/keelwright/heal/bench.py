@@ -13,6 +13,8 @@ from keelwright.heal.decide import Measured, measured
 from keelwright.heal.exam import Exam, Part
 from keelwright.measure.asking import measure, missing_items
 from keelwright.measure.audit import decoding_for
+from keelwright.measure.harness import ask_harness
+from keelwright.measure.lm_eval_tasks import LmEvalUtility
 from keelwright.measure.metrics import excluded
 from keelwright.measure.suites import suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility, WindowLosses, perplexity_ratio
@@ -97,6 +99,9 @@ class Bench:
         if tasks and isinstance(self.exam.utility, TaskUtility):
             decoding = DecodingConfig(self.exam.utility.max_new_tokens, self.decoding.batch_size)
             self._keep(model, model_id, tasks, self.exam.utility.judge(), self.task_digest, decoding)
+        elif tasks and isinstance(self.exam.utility, LmEvalUtility):
+            ids = {item.item_id for item in tasks}
+            ask_harness(self.exam.utility, model, self.run, model_id=model_id, progress=self.progress, item_ids=ids)
 
     def _keep(
         self,

@@ -7,10 +7,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from keelwright.core.errors import DataError
 from keelwright.heal.reporting import write_report
 from keelwright.heal.sides import Side, read_side
 from keelwright.measure.compare import Change, compare_areas, compare_records
 from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
+from keelwright.runs.interop.compare_logs import compare_logs
 from keelwright.runs.places import require_place
 
 
@@ -39,9 +41,8 @@ def compare(
         DataError: One is no finished run, or items, judge, template or decoding differ.
     """
     before, after = read_side(Path(run_a), scorer=scorer), read_side(Path(run_b), scorer=scorer)
-    family = tuple(metrics) or tuple(name for name in after.metrics if name in before.metrics)
     allowed = {*allow, *before.allowed, *after.allowed}
-    changes = compare_records(before.records, after.records, metrics=family or None, allow=allowed)
+    changes = _changes(before, after, metrics, allow=allow)
     folder = Path(run) if run is not None else default_run_folder("compare")
     primary = changes[0].metric
     summary = {
@@ -53,9 +54,9 @@ def compare(
         "primary": primary,
         "changes": [change.to_mapping() for change in changes],
         "family": f"{len(changes)} metrics, p adjusted by Holm",
-        "area_changes": compare_areas(before.records, after.records, primary),
+        "area_changes": [] if before.log else compare_areas(before.records, after.records, primary),
         "allowed": sorted(allowed),
-        "says": [change.sentence for change in changes],
+        "says": [*(change.sentence for change in changes), *notes_of(before, after)],
         "utility": after.utility,
     }
     require_place(folder, flag="--out")
@@ -63,6 +64,26 @@ def compare(
         keeper.finish(summary)
     write_report(folder)
     return summary
+
+
+def _changes(before: Side, after: Side, metrics: Sequence[str], *, allow: Collection[str]) -> list[Change]:
+    if before.log is not None and after.log is not None:
+        return compare_logs(before.log, after.log, scorers=metrics or None, allow=allow)
+    if before.log is not None or after.log is not None:
+        log = before if before.log is not None else after
+        raise DataError(
+            "A run and a log of another program cannot be compared.",
+            expected="two runs, or two logs",
+            found=f"one log, '{log.name}'",
+            fix="export the run with `keelwright runs export RUN --to inspect --out FILE.eval` and compare the logs",
+        )
+    family = tuple(metrics) or tuple(name for name in after.metrics if name in before.metrics)
+    return compare_records(before.records, after.records, metrics=family or None, allow=allow)
+
+
+def notes_of(*sides: Side) -> list[str]:
+    """Return what the readers of logs noted, each with its file."""
+    return [f"{side.name}: {note}" for side in sides if side.log is not None for note in side.log.notes]
 
 
 def _spec(before: Side, after: Side, metrics: Sequence[str], allow: Collection[str]) -> RunSpec:

@@ -14,7 +14,7 @@ from keelwright.heal.decide import Primary
 from keelwright.heal.halves import Halves, split_items
 from keelwright.heal.halving import SHARES, nested_part
 from keelwright.measure.suites import find_suite, items_within
-from keelwright.measure.utility import TaskUtility, Utility, load_utility
+from keelwright.measure.utility import WITH_TASKS, Utility, load_utility
 from keelwright.models.refs import ModelRef
 
 Part = Literal["quarter", "half", "selection", "verification", "all"]
@@ -80,9 +80,9 @@ def prepare_exam(ref: ModelRef, *, suite: str, utility: str | None, limit: int |
     """
     found = suite_for(ref, suite)
     task = load_utility(utility) if utility is not None else None
-    items = [*found.items(), *(task.items() if isinstance(task, TaskUtility) else ())]
+    items = [*found.items(), *(task.items() if isinstance(task, WITH_TASKS) else ())]
     halves = split_items(items_within(items, limit), seed=seed)
-    if isinstance(task, TaskUtility):
+    if isinstance(task, WITH_TASKS):
         for half in (halves.selection, halves.verification):
             if not any(item.kind == "task" for item in half):
                 raise DataError(

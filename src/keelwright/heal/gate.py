@@ -9,6 +9,7 @@ from typing import Any
 
 from keelwright.core.digests import json_digest
 from keelwright.core.files import write_atomic
+from keelwright.heal.reporting import write_report
 from keelwright.heal.sides import Side, sides_of
 from keelwright.measure.compare import require_same_conditions
 from keelwright.measure.gate import GateVerdict, decide
@@ -60,6 +61,7 @@ def gate(
     require_place(folder, flag="--out")
     with RunFolder.open(folder, _spec(run, against, policy, side, before, summary), flag="--out") as keeper:
         keeper.finish(summary)
+    write_report(folder)
     for path, text in ((junit_file, junit(summary)), (markdown_file, markdown(summary))):
         if path is not None:
             with disk_errors(Path(path)):

@@ -43,12 +43,14 @@ def replay(folder: Path, *, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _again(run: Mapping[str, Any], out: Path, progress: Progress) -> dict[str, Any]:
-    inputs, config = run["inputs"], {**run["config"]}
+    inputs = run["inputs"]
+    config: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in run["config"].items()
+    }
     if run["command"] == "demo":
         return demo(out=out, seed=run["seed"], device=config["device"], progress=progress)
     config.pop("out", None)
     if run["command"] == "heal":
-        config["methods"] = tuple(config["methods"])
         return heal(
             inputs["aligned"]["ref"],
             inputs["tuned"]["ref"],

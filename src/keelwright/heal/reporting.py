@@ -3,12 +3,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
+from keelwright.core.errors import DataError
 from keelwright.core.files import write_atomic
-from keelwright.report.page import render_audit, render_compare, render_heal
-from keelwright.runs.folder import read_run, unfinished
+from keelwright.core.records import Record
+from keelwright.report.page import render_audit, render_compare, render_gate, render_heal
+from keelwright.runs.folder import ReadRun, read_run, unfinished
 from keelwright.runs.places import disk_errors
+
+_PAGES: Final[Mapping[str, Callable[..., str]]] = {
+    "audit": render_audit,
+    "compare": render_compare,
+    "gate": render_gate,
+    "heal": render_heal,
+    "demo": render_heal,
+}
+_ANSWERS_BYTES: Final = 1 << 25
+"""Records of two runs together, above which the page of their comparison shows no answers: they are in the runs."""
 
 
 def ensure_report(folder: Path) -> None:
@@ -26,8 +41,34 @@ def write_report(folder: Path) -> Path:
     found = read_run(folder)
     if found.summary is None:
         raise unfinished(found)
-    render = {"audit": render_audit, "compare": render_compare}.get(found.summary["command"], render_heal)
+    command = str(found.summary["command"])
+    if command not in _PAGES:
+        raise DataError(
+            f"A run of '{command}' has no page.",
+            expected=f"a run of {', '.join(_PAGES)}",
+            found=str(folder),
+            fix="see `keelwright runs show` for what it found",
+        )
+    records = _compared(found) if command == "compare" else found.records()
+    page = _PAGES[command](found.run, found.summary, records)
     path = folder / "report.html"
     with disk_errors(path):
-        write_atomic(path, render(found.run, found.summary, found.records()))
+        write_atomic(path, page)
     return path
+
+
+def _compared(found: ReadRun) -> Sequence[Record]:
+    """Return the records of both runs of a comparison under their roles; none where one is gone, a log, or large."""
+    ends = {role: Path(found.run["inputs"][role]["ref"]) for role in ("before", "after")}
+    files = [folder / "records.jsonl" for folder in ends.values()]
+    if not all(file.is_file() for file in files) or sum(file.stat().st_size for file in files) > _ANSWERS_BYTES:
+        return ()
+    return [dataclasses.replace(record, model_id=role) for role, folder in ends.items() for record in _model_of(folder)]
+
+
+def _model_of(folder: Path) -> list[Record]:
+    """Return the records of the model that a comparison takes from a run, see `heal.sides.read_side`."""
+    run = read_run(folder)
+    ids = (run.summary or {}).get("model_ids", {})
+    wanted = ids.get("repaired") or ids.get("tuned") or "model"
+    return [record for record in run.records() if record.model_id == wanted]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.records import Record
 from keelwright.measure.metrics import METRICS
 from keelwright.runs.folder import ReadRun, read_run, unfinished
+from keelwright.runs.interop.compare_logs import is_log, open_log
+from keelwright.runs.interop.foreign import ForeignLog
 
 _FOREIGN_CONDITIONS = ("template", "decoding", "token limit")
 """What logs of other programs do not hold."""
@@ -34,6 +36,8 @@ class Side:
     utility: Mapping[str, Any] | None = None
     allowed: tuple[str, ...] = ()
     """Conditions that cannot be checked, as the file does not hold them."""
+    log: ForeignLog | None = None
+    """What else a log of another program says."""
 
 
 def sides_of(after: Path, before: Path | None) -> tuple[Side, Side | None]:
@@ -67,7 +71,7 @@ def sides_of(after: Path, before: Path | None) -> tuple[Side, Side | None]:
     return side, replace(side, name=f"{after} (reference)", records=reference) if reference else None
 
 
-def read_side(path: Path, *, scorer: str | None = None) -> Side:
+def read_side(path: Path, *, scorer: str | None = None, texts: bool = False) -> Side:
     """Return the records of a run's model, or of a log.
 
     Of an audit the audited model is taken, of a `heal` run the repaired one, or the tuned one where nothing was chosen.
@@ -75,17 +79,18 @@ def read_side(path: Path, *, scorer: str | None = None) -> Side:
     Args:
         path: A run folder, an Inspect log (`.eval`, `.json`) or samples of lm-eval (`samples_*.jsonl`).
         scorer: Of a log: the scorer that decides.
+        texts: Keep prompts and answers.
 
     Raises:
         DataError: The run is unfinished or has no records, or the log is damaged.
     """
     if is_log(path):
-        return _logged(path, scorer)
+        return _logged(path, scorer, texts=texts)
     found = _finished(path)
     summary = found.summary or {}
     ids = summary.get("model_ids", {})
     wanted = ids.get("repaired") or ids.get("tuned") or "model"
-    records = _records(found, wanted)
+    records = _records(found, wanted, texts=texts)
     if not records:
         raise DataError(
             f"The run '{path}' holds no answers of a model.",
@@ -106,20 +111,19 @@ def read_side(path: Path, *, scorer: str | None = None) -> Side:
     )
 
 
-def is_log(path: Path) -> bool:
-    """Whether a path is a log of another program, by its name."""
-    return path.is_file() and path.suffix in {".eval", ".json", ".jsonl"}
-
-
-def _logged(path: Path, scorer: str | None) -> Side:
-    if path.suffix == ".jsonl":
-        from keelwright.runs.interop.lm_eval_samples import read_lm_eval_samples as read
-    else:
-        from keelwright.runs.interop.inspect_log import read_inspect_log as read
-    log = read(path, scorer=scorer)
-    light = tuple(replace(record, prompt="", output="") for record in log.records)
+def _logged(path: Path, scorer: str | None, *, texts: bool) -> Side:
+    log = open_log(path, scorer=scorer)
+    kept = log.records if texts else tuple(replace(record, prompt="", output="") for record in log.records)
     metrics = tuple(f"score:{name}" if log.higher_is_better.get(name, True) else f"cost:{name}" for name in log.scorers)
-    return Side(str(path), file_digest(path), light, metrics[0], metrics, allowed=_FOREIGN_CONDITIONS)
+    return Side(
+        str(path),
+        file_digest(path),
+        kept,
+        metrics[0],
+        metrics,
+        allowed=_FOREIGN_CONDITIONS,
+        log=replace(log, records=kept),
+    )
 
 
 def _finished(folder: Path) -> ReadRun:
@@ -129,10 +133,5 @@ def _finished(folder: Path) -> ReadRun:
     return found
 
 
-def _records(run: ReadRun, model_id: str) -> tuple[Record, ...]:
-    return tuple(record for record in run.records(texts=False) if record.model_id == model_id)
-
-
-def names_of(sides: Sequence[Side]) -> list[str]:
-    """Return the sides in the user's own words."""
-    return [one.name for one in sides]
+def _records(run: ReadRun, model_id: str, *, texts: bool = False) -> tuple[Record, ...]:
+    return tuple(record for record in run.records(texts=texts) if record.model_id == model_id)

@@ -20,9 +20,12 @@ from keelwright.measure.areas import areas_of
 from keelwright.measure.asking import measure
 from keelwright.measure.batch_check import check_batches
 from keelwright.measure.compare import Change, compare_areas, compare_records
+from keelwright.measure.harness import ask_harness, loaded_model
+from keelwright.measure.headline import HEADLINE
 from keelwright.measure.limits import sample_items
+from keelwright.measure.lm_eval_tasks import LmEvalUtility
 from keelwright.measure.metric_table import find_metric
-from keelwright.measure.metrics import METRICS, Metrics, excluded, metrics_of
+from keelwright.measure.metrics import HEADLINE_FACT, METRICS, Metrics, excluded
 from keelwright.measure.part import Part, SetFacts, part_of_suite
 from keelwright.measure.suites import find_suite, suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility, Utility, WindowLosses, perplexity_ratio
@@ -325,8 +328,11 @@ class _Bench:
         estimate: Estimate | None = None
         if isinstance(self.utility, TaskUtility):
             tasks = self._ask(self._task_part(self.utility), model_id, engine)
+        elif isinstance(self.utility, LmEvalUtility):
+            model = loaded_model(engine, self.utility.name)
+            tasks = ask_harness(self.utility, model, self.sink, model_id=model_id, progress=self.progress)
         elif isinstance(self.utility, TextUtility):
-            losses = self.utility.losses(_loaded(engine, self.utility.name), progress=self.progress)
+            losses = self.utility.losses(loaded_model(engine, self.utility.name), progress=self.progress)
             estimate = perplexity_ratio(reference or losses, losses)
         records = [record for found in by_part for record in found] + tasks
         found = headline_of(self.parts, by_part, tasks, utility=estimate)
@@ -365,6 +371,8 @@ class _Bench:
             self.progress.stage(f"preparing {part.mitigation.name} for {part.name}")
             items = part.mitigation.rewrite(items, lambda asked: _answers(engine, asked))
             conditions["mitigation"] = part.mitigation.name
+        if not part.headline:
+            conditions[HEADLINE_FACT] = "no"
         self.progress.stage(f"asking {engine.name}", len(items) * part.decoding.samples, "answers")
         return measure(
             engine,
@@ -396,10 +404,18 @@ class _Bench:
 def headline_of(
     parts: Sequence[Part], by_part: Sequence[Sequence[Record]], tasks: Sequence[Record], *, utility: Estimate | None
 ) -> Metrics:
-    """Return the headline rates over the parts that they speak of; the harm rate over those whose judge knows harm."""
-    spoken = [(part, own) for part, own in zip(parts, by_part, strict=True) if part.headline]
-    records = [record for _, own in spoken for record in own if record.sample == 0]
-    return metrics_of([*records, *tasks], knows_harm=all(part.knows_harm for part, _ in spoken), utility=utility)
+    """Return the headline rates over the parts that they speak of; the harm rate where all their judges know harm.
+
+    Intervals are those of the same metrics in comparisons: Wilson's for items that stand alone, else by cluster.
+    """
+    spoken = [own for part, own in zip(parts, by_part, strict=True) if part.headline]
+    records = [record for own in spoken for record in own if record.sample == 0] + list(tasks)
+    found = {name: HEADLINE[name].estimate(records) for name in METRICS}
+    if not knows_harm(parts):
+        found["harm_rate"] = None
+    if utility is not None:
+        found["utility"] = utility
+    return Metrics(**found)
 
 
 def figures_of(part: Part, records: Sequence[Record], seed: int) -> list[Figure]:
@@ -442,14 +458,3 @@ def _part_words(part: Part) -> dict[str, Any]:
 def _answers(engine: Engine, items: Sequence[Item]) -> list[str]:
     """Answer a remedy's own questions: greedily, with room for a list."""
     return [one.output for one in engine.answer(items, DecodingConfig(max_new_tokens=1024, batch_size=16))]
-
-
-def _loaded(engine: Engine, text: str) -> LoadedModel:
-    if not isinstance(engine, LocalEngine):
-        raise ConfigError(
-            "A perplexity needs the model's own probabilities.",
-            expected="a model in this process (--engine hf), or a task file as utility",
-            found=f"the text '{text}' and the engine of {engine.name}",
-            fix="give a task file to --utility",
-        )
-    return engine.model

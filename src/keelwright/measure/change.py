@@ -3,7 +3,9 @@
 
 Each unit is its own control. A rate of independent units is tested by exact McNemar, its interval is Tango's; units
 that come in clusters are tested and resampled by cluster; any other metric is tested by swapping the two sides of whole
-clusters, its interval is a bootstrap of both sides at once.
+clusters, its interval is a bootstrap of both sides at once. Where units depend on each other in two crossed ways, as by
+instruction and by profile, both are resampled, and the p-value is the largest of three: swaps by either way, and the
+crossed interval's own.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
 from keelwright.core.errors import DataError
 from keelwright.core.records import Estimate, Record
-from keelwright.measure.metric import Floats, Metric, Row, is_binomial, seconds_of
+from keelwright.measure.metric import Floats, Metric, Row, dependence, is_binomial
 from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, design_effect, paired_bootstrap
 from keelwright.ops.intervals import normal_quantile, two_sided_z
 from keelwright.ops.paired import mcnemar_exact, minimum_detectable_change, paired_difference
@@ -31,6 +34,7 @@ Verdict = Literal["not comparable", "improved", "regressed", "no evidence of cha
 
 ALPHA = 0.05
 POWER = 0.8
+EXACT = "exact McNemar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Change:
     """Units that turned for the better."""
     test: str
     minimum_detectable_change: float
-    """The smallest change that these pairs would have shown with 80 % power at 0.05."""
+    """The smallest change that these pairs would have shown with 80 % power at 0.05, in the family that is tested."""
     comparable: bool = True
     """False when the incoherent share moved so much that this metric's change cannot be read."""
     higher_is_better: bool = False
@@ -117,10 +121,11 @@ def change_of(
     moves = _moves(metric, *pair)
     if moves is None:
         return None
-    groups = len({row.cluster for row in rows})
+    clusters, seconds = dependence(rows)
+    groups = len(set(clusters))
     direction = _direction(alternative, metric)
     try:
-        found = _paired(metric, pair, rows, direction, groups)
+        found = _paired(metric, pair, clusters, seconds, direction)
     except DataError:
         # So few units that the metric is undefined in many resamples: nothing can be said of its change.
         return None
@@ -143,7 +148,7 @@ def change_of(
         higher_is_better=metric.higher_is_better,
         clusters=groups,
         unit=metric.unit,
-        design_effect=_design_effect(moves, rows, groups),
+        design_effect=_design_effect(moves, clusters),
     )
 
 
@@ -151,28 +156,37 @@ Direction = Literal["two-sided", "greater", "less"]
 
 
 def _paired(
-    metric: Metric, pair: tuple[Floats, Floats], rows: Sequence[Row], direction: Direction, groups: int
+    metric: Metric,
+    pair: tuple[Floats, Floats],
+    clusters: Sequence[str],
+    seconds: Sequence[str] | None,
+    direction: Direction,
 ) -> tuple[Estimate, float, str, float] | None:
     """Return change, p-value, name of the test and minimum detectable change."""
-    n = len(rows)
-    clusters = [row.cluster for row in rows]
+    n, groups = len(clusters), len(set(clusters))
     two_sided = direction == "two-sided"
     binomial = is_binomial(metric, pair[0]) and is_binomial(metric, pair[1])
-    if binomial and groups == n:
+    if binomial and groups == n and seconds is None:
         moves = pair[1][:, 0] - pair[0][:, 0]
         gained, lost = int((moves > 0).sum()), int((moves < 0).sum())
         smallest = minimum_detectable_change(n, (gained + lost) / n, alpha=ALPHA, power=POWER, two_sided=two_sided)
         p_value = mcnemar_exact(gained, lost, alternative=direction)
-        return paired_difference(gained, lost, n), p_value, "exact McNemar", smallest
+        return paired_difference(gained, lost, n), p_value, EXACT, smallest
     if groups < 2:
         return None
     few = f", only {groups} of them" if groups < FEW_CLUSTERS else ""
-    if binomial:
+    if seconds is not None:
+        estimate = paired_statistic(*pair, metric.value, clusters=clusters, second_clusters=seconds)
+        swaps = [swap_test(*pair, metric.value, clusters=one, alternative=direction) for one in (clusters, seconds)]
+        # Swaps by one way of depending take the other for independent; the crossed interval does not.
+        p_value = max(*swaps, _p_by_interval(estimate, direction))
+        test = f"both clusters: largest p of swaps by either and of the crossed bootstrap{few}"
+    elif binomial:
         estimate = paired_bootstrap(pair[0][:, 0], pair[1][:, 0], clusters=clusters)
         p_value = cluster_permutation(pair[1][:, 0] - pair[0][:, 0], clusters, alternative=direction)
         test = f"sign flips by cluster{few}"
     else:
-        estimate = paired_statistic(*pair, metric.value, clusters=clusters, second_clusters=seconds_of(rows))
+        estimate = paired_statistic(*pair, metric.value, clusters=clusters)
         if metric.is_ordinal and groups == n:
             p_value = signed_ranks(*(side[:, 0] / side[:, 1] for side in pair), alternative=direction).p_value
             test = "Wilcoxon signed ranks, zeros by Pratt"
@@ -182,14 +196,25 @@ def _paired(
     if estimate.low == estimate.high:
         # Nothing moved, so there is nothing to resample: the interval of as many unmoved pairs as there are clusters.
         still = paired_difference(0, 0, groups)
-        estimate = Estimate(estimate.value, estimate.value + still.low, estimate.value + still.high, n)
+        most = {"rate": 1.0, "difference": 2.0}.get(metric.unit, np.inf)
+        low, high = max(-most, estimate.value + still.low), min(most, estimate.value + still.high)
+        estimate = Estimate(estimate.value, low, high, n)
     return estimate, p_value, test, _detectable(estimate, two_sided=two_sided)
 
 
-def _design_effect(moves: Floats, rows: Sequence[Row], groups: int) -> float | None:
-    if groups in (1, len(rows)) or not np.ptp(moves):
+def _p_by_interval(estimate: Estimate, direction: Direction) -> float:
+    """Return the p-value of no change by an interval's width, as if the change were normal; 1 where it has none."""
+    error = (estimate.high - estimate.low) / (2.0 * two_sided_z(0.95))
+    if error <= 0.0:
+        return 1.0
+    above = NormalDist().cdf(-estimate.value / error)
+    return {"greater": above, "less": 1.0 - above, "two-sided": 2.0 * min(above, 1.0 - above)}[direction]
+
+
+def _design_effect(moves: Floats, clusters: Sequence[str]) -> float | None:
+    if len(set(clusters)) in (1, len(clusters)) or not np.ptp(moves):
         return None
-    return design_effect(moves, [row.cluster for row in rows])
+    return design_effect(moves, clusters)
 
 
 def _detectable(estimate: Estimate, *, two_sided: bool) -> float:
@@ -197,6 +222,19 @@ def _detectable(estimate: Estimate, *, two_sided: bool) -> float:
     error = (estimate.high - estimate.low) / (2.0 * two_sided_z(0.95))
     level = two_sided_z(1.0 - ALPHA) if two_sided else normal_quantile(1.0 - ALPHA)
     return (level + normal_quantile(POWER)) * error
+
+
+def detectable_in(change: Change, family: int) -> float:
+    """Return the smallest change that would have shown where Holm adjusts for a family of so many two-sided tests.
+
+    The first rejection of a family has to reach the level over their number.
+    """
+    level = ALPHA / family
+    if change.test == EXACT:
+        discordant = (change.worse + change.better) / change.n
+        return minimum_detectable_change(change.n, discordant, alpha=level, power=POWER)
+    reach = [normal_quantile(1.0 - one / 2.0) + normal_quantile(POWER) for one in (level, ALPHA)]
+    return change.minimum_detectable_change * reach[0] / reach[1]
 
 
 def _columns(rows: Sequence[Row]) -> Floats:

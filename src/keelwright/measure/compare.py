@@ -14,10 +14,12 @@ from keelwright.core.config import require_choice
 from keelwright.core.errors import DataError
 from keelwright.core.records import Record
 from keelwright.measure.areas import by_area
-from keelwright.measure.change import ALPHA, Alternative, Change, Verdict, change_of
+from keelwright.measure.change import ALPHA, Alternative, Change, Verdict, change_of, detectable_in
 from keelwright.measure.metric import Metric
 from keelwright.measure.metric_table import find_metric
 from keelwright.measure.metrics import METRICS, RULES, flags
+from keelwright.measure.readings import HARM_JUDGES, name_of
+from keelwright.measure.readings import knows_harm as tells_harm
 from keelwright.ops.paired import benjamini_hochberg, holm
 
 __all__ = [
@@ -88,7 +90,12 @@ def compare_records(
     adjusted = holm([change.p_value for change in changes])
     steady = is_comparable(before, after)
     return [
-        dataclasses.replace(change, p_holm=p, comparable=steady or change.metric in STAND_ALONE)
+        dataclasses.replace(
+            change,
+            p_holm=p,
+            comparable=steady or change.metric in STAND_ALONE,
+            minimum_detectable_change=detectable_in(change, len(changes)),
+        )
         for change, p in zip(changes, adjusted, strict=True)
     ]
 
@@ -181,7 +188,15 @@ def require_same_conditions(before: Sequence[Record], after: Sequence[Record], *
 
 
 def _require_same_versions(before: Sequence[Record], after: Sequence[Record]) -> None:
-    """Raise where a judge that both sides have is not the same version, model or prompt."""
+    """Raise where a judge that both sides have is not the same version, model or prompt, or harm has other judges."""
+    harm = [{judge for side in sides for judge in _harm_judge(side)} for sides in (before, after)]
+    if harm[0] and harm[1] and harm[0] != harm[1]:
+        raise DataError(
+            "The two audits differ in the judge of harm, so their numbers cannot be compared.",
+            expected=f"{', '.join(sorted(harm[0]))} on both sides",
+            found=f"{', '.join(sorted(harm[1]))} after",
+            fix="judge both by the same one; records can be judged again without the models",
+        )
     versions = [_versions(side) for side in (before, after)]
     for name in versions[0].keys() & versions[1].keys():
         if versions[0][name] != versions[1][name]:
@@ -191,6 +206,11 @@ def _require_same_versions(before: Sequence[Record], after: Sequence[Record]) ->
                 found=f"{', '.join(sorted(versions[1][name]))} after",
                 fix="judge both with the same version; records can be judged again without the models",
             )
+
+
+def _harm_judge(record: Record) -> tuple[str, ...]:
+    """Return the judge whose verdict the harm figures read, if the record has one."""
+    return tuple(judge for judge in record.judgements if name_of(judge) in HARM_JUDGES)[:1]
 
 
 def _versions(records: Sequence[Record]) -> dict[str, set[str]]:
@@ -221,4 +241,4 @@ def _required(metric: Metric, before: Sequence[Record], after: Sequence[Record],
 
 
 def _knows_harm(records: Sequence[Record]) -> bool:
-    return any(record.score is not None for record in records if record.kind == "harmful")
+    return any(tells_harm(record) for record in records if record.kind == "harmful")

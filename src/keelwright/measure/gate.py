@@ -11,15 +11,19 @@ from typing import Any, Final, Literal
 
 from keelwright.core.errors import ConfigError
 from keelwright.core.records import Estimate, Record
-from keelwright.measure.change import Change, change_of
+from keelwright.measure.change import ALPHA, POWER, Change, change_of
 from keelwright.measure.compare import STAND_ALONE, is_comparable
-from keelwright.measure.metric import Metric
+from keelwright.measure.metric import Metric, dependence
 from keelwright.measure.metric_table import find_metric
 from keelwright.measure.policy import Policy, Rule
 from keelwright.ops.intervals import clopper_pearson, normal_quantile, two_sided_z
 from keelwright.ops.paired import benjamini_hochberg, holm, required_pairs
+from keelwright.ops.power import mcnemar_power
 
 Outcome = Literal["pass", "fail", "not measurable"]
+
+_MOST_COUNTED: Final = 20_000
+"""Discordant pairs up to which power is counted; beyond, the normal formula is as good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,7 @@ def _with_family(policy: Policy, draft: RuleVerdict, adjusted: float) -> RuleVer
 def _non_inferiority(policy: Policy, rule: Rule, metric: Metric, change: Change) -> RuleVerdict:
     margin = float(rule.margin or 0.0)
     # The interval at two alpha: each end is a one-sided bound at alpha.
-    scale = two_sided_z(1.0 - 2.0 * policy.alpha) / two_sided_z(0.95)
+    scale = normal_quantile(1.0 - policy.alpha) / two_sided_z(0.95)
     sign = -1.0 if metric.higher_is_better else 1.0
     worsening = sign * change.difference
     ends = sorted((sign * change.low, sign * change.high))
@@ -185,7 +189,7 @@ def _threshold(policy: Policy, rule: Rule, metric: Metric, records: Sequence[Rec
         n = 0 if estimate is None else estimate.n
         says = f"{metric.name}: {n} items that it counts, the policy asks for {rule.min_n}."
         return RuleVerdict(rule, metric.name, "not measurable", says, n, rule.min_n)
-    low, high = _bounds(policy, metric, estimate)
+    low, high = _bounds(policy, metric, estimate, records)
     ends = (("at least", rule.min), ("at most", rule.max))
     limits = " and ".join(f"{words} {end:g}" for words, end in ends if end is not None)
     found = f"{estimate.value:.3f}, one-sided bounds [{low:.3f}, {high:.3f}], {estimate.n} items, wanted {limits}"
@@ -204,12 +208,14 @@ def _threshold(policy: Policy, rule: Rule, metric: Metric, records: Sequence[Rec
     return RuleVerdict(rule, metric.name, outcome, says, estimate.n, needs, estimate.value, low, high)
 
 
-def _bounds(policy: Policy, metric: Metric, estimate: Estimate) -> tuple[float, float]:
+def _bounds(policy: Policy, metric: Metric, estimate: Estimate, records: Sequence[Record]) -> tuple[float, float]:
     """Return one-sided bounds at alpha: exact for a rate of single items, else scaled from the 95 % interval."""
     events = estimate.value * estimate.n
-    if metric.is_binary and abs(events - round(events)) < 1e-9:
-        exact = clopper_pearson(round(events), estimate.n, confidence=1.0 - 2.0 * policy.alpha)
-        return exact.low, exact.high
+    if metric.is_binary and policy.alpha < 0.5 and abs(events - round(events)) < 1e-9:
+        clusters, seconds = dependence(list(metric.rows(records).values()))
+        if seconds is None and len(set(clusters)) == estimate.n:
+            exact = clopper_pearson(round(events), estimate.n, confidence=1.0 - 2.0 * policy.alpha)
+            return exact.low, exact.high
     scale = normal_quantile(1.0 - policy.alpha) / two_sided_z(0.95)
     return (
         estimate.value - scale * (estimate.value - estimate.low),
@@ -230,9 +236,35 @@ def _pairs_to_detect(policy: Policy, rule: Rule, change: Change) -> int | None:
     """Return the pairs that show a change of `detect` with the policy's power; None where the rule asks for none."""
     if rule.detect is None:
         return None
+    # What is seen is the excess over the margin.
+    excess = rule.detect - (rule.margin or 0.0)
+    level = _level(policy)
     if change.unit != "rate":
-        return math.ceil(change.n * (change.minimum_detectable_change / rule.detect) ** 2)
-    discordant = max((change.worse + change.better) / change.n, rule.detect)
-    plain = required_pairs(min(discordant, 1.0), rule.detect, alpha=policy.alpha, power=policy.power, two_sided=False)
-    # Clustered pairs count for less: by as much as the observed precision falls short of that of single pairs.
-    return math.ceil(plain * change.n / change.clusters) if 0 < change.clusters < change.n else plain
+        scale = _reach(level, policy.power) / _reach(ALPHA, POWER)
+        return math.ceil(change.n * (scale * change.minimum_detectable_change / excess) ** 2)
+    discordant = min(1.0, max((change.worse + change.better) / change.n, rule.detect))
+    plain = _pairs(discordant, excess, level=level, power=policy.power)
+    # Clustered pairs count for less: in the worst case a cluster for one, and unequal ones for less still.
+    return math.ceil(plain * max(change.n / max(change.clusters, 1), change.design_effect or 1.0))
+
+
+def _level(policy: Policy) -> float:
+    """Return the level that the adjustment leaves to one rule when all others hold."""
+    tested = sum(rule.test == "regression" for rule in policy.rules)
+    return policy.alpha if policy.multiplicity == "none" else policy.alpha / max(1, tested)
+
+
+def _pairs(discordant: float, change: float, *, level: float, power: float) -> int:
+    """Return the pairs with which the exact one-sided test shows a change; the normal formula promises too few."""
+    pairs = required_pairs(discordant, change, alpha=level, power=power, two_sided=False)
+    while (
+        pairs * discordant < _MOST_COUNTED
+        and mcnemar_power(pairs, discordant, change, alpha=level, two_sided=False) < power
+    ):
+        pairs += max(1, pairs // 100)
+    return pairs
+
+
+def _reach(level: float, power: float) -> float:
+    """Return how many standard errors a change must measure to be seen, one-sided."""
+    return normal_quantile(1.0 - level) + normal_quantile(power)

@@ -109,6 +109,16 @@ def read_labels(path: Path | str, *, records: Iterable[Record] = ()) -> list[Lab
     return [_labelled(row, number, path.stem, known) for number, row in enumerate(read_rows(path), 1)]
 
 
+def needs_records(path: Path | str) -> bool:
+    """Whether a file of labels names answers by `item_id` only, so that the records of a run must give them.
+
+    Raises:
+        MissingError: There is no such file.
+        DataError: It cannot be read as rows.
+    """
+    return not any(name in row.values for row in read_rows(path) for name in _ANSWERS)
+
+
 def scale_of(labelled: Sequence[Labelled]) -> Scale:
     """Return the scale that all labels are of: five levels, else harm where one says so, else refusals.
 

@@ -111,7 +111,7 @@ class LmEvalUtility:
             self._loaded = found
 
     def items(self) -> list[Item]:
-        """Return the documents that are asked, as items of kind `task`.
+        """Return the documents that are asked, as items of kind `task`; their prompts are without examples.
 
         Raises:
             MissingError, OfflineError, UnsafeInputError, DataError: As `prepare`.

@@ -79,17 +79,15 @@ def estimate_rows(metric: Metric, rows: Sequence[Row], *, seed: int = 0) -> Esti
     value = float(metric.value(columns.sum(axis=0)))
     if np.isnan(value):
         return None
-    clusters = [row.cluster for row in rows]
-    groups = len(set(clusters))
+    clusters, seconds = dependence(rows)
+    groups = min(len(set(one)) for one in (clusters, seconds) if one is not None)
     if is_binomial(metric, columns) and (groups == len(rows) or value in (0.0, 1.0)):
         plain = wilson(round(value * groups), groups)
         return Estimate(value, plain.low, plain.high, len(rows))
     if groups < 2:
         return None
     try:
-        found = bootstrap_statistic(
-            columns, metric.value, clusters=clusters, second_clusters=seconds_of(rows), seed=seed
-        )
+        found = bootstrap_statistic(columns, metric.value, clusters=clusters, second_clusters=seconds, seed=seed)
     except DataError:
         # So few units that the metric is undefined in many resamples: there is no interval to show, so no figure.
         return None
@@ -111,10 +109,16 @@ def is_binomial(metric: Metric, columns: Floats) -> bool:
     return metric.is_binary and bool(np.isin(columns[:, 0], (0.0, 1.0)).all())
 
 
-def seconds_of(rows: Sequence[Row]) -> list[str] | None:
-    """Return the rows' second clusters, or None where there is no second way to depend on each other."""
-    found = [row.second for row in rows]
-    return found if len(set(found)) >= FEW_CLUSTERS else None
+def dependence(rows: Sequence[Row]) -> tuple[list[str], list[str] | None]:
+    """Return the rows' clusters, and their second ones or None where there is only one way to depend on each other.
+
+    A way in which every row stands alone is left out, and so is a second one of fewer than 20 clusters: too few to draw
+    from.
+    """
+    first, second = [row.cluster for row in rows], [row.second for row in rows]
+    if not FEW_CLUSTERS <= len(set(second)) < len(rows):
+        return first, None
+    return (second, None) if len(set(first)) == len(rows) else (first, second)
 
 
 def share(sums: Floats) -> Floats:

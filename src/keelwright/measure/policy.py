@@ -48,7 +48,8 @@ class Rule:
     margin: float | None = None
     """Change for the worse that is tolerated, in the metric's unit (a rate: 0..1)."""
     detect: float | None = None
-    """For `regression`: the change that matters; fewer pairs than show it with the policy's power cannot pass."""
+    """For `regression`: the change that matters, above the margin; fewer pairs than show it with the policy's power
+    cannot pass, whatever the other rules of the family find."""
     min: float | None = None
     """For `threshold`: the least value."""
     max: float | None = None
@@ -65,6 +66,13 @@ class Rule:
         for name, value in (("margin", self.margin), ("detect", self.detect)):
             if value is not None:
                 require_in_range(name, value, low=0.0)
+        if self.detect is not None and self.detect <= (self.margin or 0.0):
+            raise ConfigError(
+                f"The rule for '{self.metric}' cannot tell a change of {self.detect:g} from its margin.",
+                expected="detect above the margin",
+                found=f"detect {self.detect:g}, margin {self.margin or 0.0:g}",
+                fix="raise detect, or lower the margin",
+            )
         if self.test == "threshold" and self.min is None and self.max is None:
             raise ConfigError(
                 f"The rule for '{self.metric}' has no threshold.", expected="min or max", found="neither", fix="add one"

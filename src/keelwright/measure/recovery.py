@@ -15,7 +15,7 @@ import numpy as np
 from keelwright.core.errors import DataError
 from keelwright.core.records import Estimate, Record
 from keelwright.measure.change import change_of
-from keelwright.measure.metric import Floats, Metric
+from keelwright.measure.metric import Floats, Metric, dependence
 from keelwright.ops.statistic import bootstrap_statistic
 
 
@@ -53,8 +53,8 @@ def recovered_share(
         lost = np.asarray(second - first)
         return np.asarray((second - third) / np.where(lost == 0.0, np.nan, lost))
 
-    clusters = [sides[0][unit].cluster for unit in shared]
+    clusters, seconds = dependence([sides[0][unit] for unit in shared])
     try:
-        return bootstrap_statistic(rows, share, clusters=clusters, seed=seed)
+        return bootstrap_statistic(rows, share, clusters=clusters, second_clusters=seconds, seed=seed)
     except DataError:
         return None

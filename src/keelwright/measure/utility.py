@@ -21,6 +21,7 @@ from keelwright.core.errors import DataError, MissingError, ModelMismatchError, 
 from keelwright.core.protocols import Judge, Progress, Silent
 from keelwright.core.records import Estimate, Item
 from keelwright.data.task_file import read_task_items
+from keelwright.measure.lm_eval_tasks import PREFIX, LmEvalUtility, lm_eval_utility
 from keelwright.measure.scorers import TaskJudge
 from keelwright.models.loading import LoadedModel
 from keelwright.ops.bootstrap import bootstrap_ratio, exp_estimate
@@ -144,7 +145,10 @@ class TextUtility:
         return spread, len(windows) - _MOST_WINDOWS
 
 
-Utility: TypeAlias = TaskUtility | TextUtility
+Utility: TypeAlias = TaskUtility | TextUtility | LmEvalUtility
+
+WITH_TASKS: Final = (TaskUtility, LmEvalUtility)
+"""Utilities that have items of kind `task`, which can be halved and paired."""
 
 
 def perplexity_ratio(reference: WindowLosses, model: WindowLosses, *, windows: Sequence[int] | None = None) -> Estimate:
@@ -174,11 +178,13 @@ def perplexity_ratio(reference: WindowLosses, model: WindowLosses, *, windows: S
     return exp_estimate(bootstrap_ratio(gains, [float(model.tokens[index]) for index in chosen]))
 
 
-def load_utility(source: str | Path) -> Utility:
+def load_utility(source: str | Path, *, offline: bool = False) -> Utility:
     """Return a utility by its name or file.
 
     Args:
-        source: `lab:mood`, `lab:topic` or `lab:sum`; a task file (`.jsonl`: `prompt`, `answer`); or any text file.
+        source: `lab:mood`, `lab:topic` or `lab:sum`; `lm-eval:TASK[,TASK]`; a task file (`.jsonl`: `prompt`, `answer`);
+            or any text file.
+        offline: Never ask the hub for the data of a task.
 
     Raises:
         MissingError: There is no such file or lab task.
@@ -187,11 +193,13 @@ def load_utility(source: str | Path) -> Utility:
     name = str(source)
     if name.startswith("lab:"):
         return _lab_utility(name)
+    if name.startswith(PREFIX):
+        return lm_eval_utility(name, offline=offline)
     path = Path(source)
     if not path.is_file():
         raise MissingError(
             f"There is no utility '{name}'.",
-            expected="a task file (.jsonl), a text file, or lab:mood",
+            expected="a task file (.jsonl), a text file, lab:mood, or lm-eval:TASK",
             found="a folder" if path.is_dir() else "nothing",
             fix="check the path",
         )

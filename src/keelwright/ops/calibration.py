@@ -5,8 +5,8 @@ Equations (n items, bin B with n_B items, s the score, y the truth as 0 or 1):
     expected calibration error   sum_B n_B / n * |mean_B(y) - mean_B(s)|
     Brier score                  mean (s - y)^2
 
-Limits: the expected calibration error depends on the bins and is above zero for a calibrated judge too, the more the fewer
-items a bin has. Fix thresholds on the validation split only.
+Limits: the expected calibration error depends on the bins and is above zero for a calibrated judge too, the more the
+fewer items a bin has. Fix thresholds on the validation split only.
 
 Source:
     Brier 1950; Naeini, Cooper and Hauskrecht 2015 (expected calibration error).

@@ -4,8 +4,9 @@
 Two texts are near-duplicates when the Jaccard similarity of their sets of tokens reaches a threshold; a cluster is what
 such pairs connect. All answers are exact: no pair that reaches the threshold is missed.
 
-Equation: `J(A, B) = |A n B| / |A u B|`. `J >= t` needs `|B| >= t |A|`, and needs the two to share a token among the
-`|A| - ceil(t |A|) + 1` rarest of A and as many of B, so that only texts that meet in an index of rare tokens are compared.
+Equation: `J(A, B) = |A n B| / |A u B|`. `J >= t` needs the two to share a token among the
+`|A| - ceil(t |A|) + 1` rarest of A and as many of B, so that only texts that meet in an index of rare tokens are
+compared.
 
 Tokens are the words of the normalised text; ideographs and kana, which are written without spaces, are one token each.
 
@@ -164,7 +165,8 @@ def _close(
     meeting = _holders((place, _prefix(key, rare, threshold)) for place, key in enumerate(right))
     for one, key in enumerate(left):
         met = [meeting[token] for token in _prefix(key, rare, threshold) if token in meeting]
-        if sum(map(len, met)) <= int(alone):
+        # A set of the one list meets itself under each of its tokens.
+        if sum(map(len, met)) <= (len(met) if alone else 0):
             continue
         if sum(map(len, met)) <= _FEW_MET:
             places = np.unique(np.concatenate(met))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals for one proportion: Wilson to show, Clopper-Pearson to decide, and the bound after zero events.
+"""Intervals for one proportion: Wilson to show, Clopper-Pearson to decide, the bound after zero events; Student's t.
 
 Everything runs in float64 on plain numbers. The binomial tails come from the incomplete beta function, so a bound
 costs the same for ten items as for a million.
@@ -22,6 +22,7 @@ _STANDARD_NORMAL = NormalDist()
 _TINY = 1e-300
 _PRECISION = 1e-15
 _MOST_TERMS = 100_000
+_WIDEST_T = 1e12
 
 
 def normal_quantile(share: float) -> float:
@@ -113,26 +114,46 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
     return 1.0 - front * _beta_fraction(b, a, 1.0 - x) / b
 
 
+def student_cdf(t: float, freedom: int) -> float:
+    """Return P(T <= t) for Student's t with `freedom` degrees of freedom."""
+    tail = 0.5 * incomplete_beta(freedom / 2.0, 0.5, freedom / (freedom + t * t))
+    return tail if t < 0.0 else 1.0 - tail
+
+
+def student_quantile(share: float, freedom: int) -> float:
+    """Return the quantile of Student's t at `share`, 0.5 <= share < 1."""
+    require_in_range("share", share, low=0.5, high=1.0, high_open=True)
+    low, high = 0.0, 1.0
+    while student_cdf(high, freedom) < share and high < _WIDEST_T:
+        high *= 2.0
+    while True:
+        middle = (low + high) / 2.0
+        if middle in (low, high):
+            return middle
+        if student_cdf(middle, freedom) < share:
+            low = middle
+        else:
+            high = middle
+
+
 def _beta_fraction(a: float, b: float, x: float) -> float:
     """Return the continued fraction of the incomplete beta function, evaluated from the front (Lentz's scheme)."""
     numerator = 1.0
-    denominator = 1.0 / _away_from_zero(1.0 - (a + b) * x / (a + 1.0))
+    first = 1.0 - (a + b) * x / (a + 1.0)
+    denominator = 1.0 / (first if abs(first) > _TINY else _TINY)
     fraction = denominator
     for m in range(1, _MOST_TERMS):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         for term in (even, odd):
-            denominator = 1.0 / _away_from_zero(1.0 + term * denominator)
-            numerator = _away_from_zero(1.0 + term / numerator)
+            below, above = 1.0 + term * denominator, 1.0 + term / numerator
+            denominator = 1.0 / (below if abs(below) > _TINY else _TINY)
+            numerator = above if abs(above) > _TINY else _TINY
             step = numerator * denominator
             fraction *= step
         if abs(step - 1.0) < _PRECISION:
             break
     return fraction
-
-
-def _away_from_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
 
 
 def _solve_probability(rising: Callable[[float], float], target: float) -> float:

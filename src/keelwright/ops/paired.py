@@ -5,24 +5,31 @@ In every function `b` counts the pairs that gained the event (no before, yes aft
 paired change after minus before is `(b - c) / n`.
 
 Source:
-    McNemar 1947 (exact form: sign test on discordant pairs); Tango 1998; Holm 1979; Benjamini and Hochberg 1995.
+    McNemar 1947 (exact form: sign test on discordant pairs); Tango 1998 (interval, and test against a margin); Holm
+    1979; Benjamini and Hochberg 1995.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from keelwright.core.config import require_choice, require_in_range
 from keelwright.core.errors import ConfigError
 from keelwright.core.records import Estimate
 from keelwright.ops.intervals import normal_quantile, two_sided_z
+from keelwright.ops.power import mcnemar_power
 
 Alternative = Literal["two-sided", "greater", "less"]
 """What is tested: any change, a gain of events (b > c), or a loss (b < c)."""
 
 _BISECTIONS = 200
+_MOST_COUNTED = 20_000
+"""Discordant pairs up to which power is counted; beyond, the exact test and the normal formula agree."""
+_CLOSE = 1e-5
 
 
 def mcnemar_exact(b: int, c: int, *, alternative: Alternative = "two-sided", mid_p: bool = False) -> float:
@@ -76,6 +83,47 @@ def paired_difference(b: int, c: int, n: int, *, confidence: float = 0.95) -> Es
     low = _score_end(b, c, n, z, inside=value, outside=-1.0)
     high = _score_end(b, c, n, -z, inside=value, outside=1.0)
     return Estimate(value=value, low=low, high=high, n=n)
+
+
+@dataclass(frozen=True, slots=True)
+class NonInferiority:
+    """Whether a paired change is shown to stay within a margin: the only ground for saying "no worse"."""
+
+    difference: Estimate
+    """The change with its interval of `1 - 2 alpha`: each end is a one-sided limit at `alpha`."""
+    margin: float
+    p_value: float
+    """Of a change as bad as the margin or worse, by Tango's score."""
+    holds: bool
+    """Whether the one-sided limit stays within the margin."""
+
+    @property
+    def limit(self) -> float:
+        """The end of the interval that is held against the margin."""
+        return self.difference.low if self.margin < 0.0 else self.difference.high
+
+
+def non_inferiority(b: int, c: int, n: int, *, margin: float, alpha: float = 0.05) -> NonInferiority:
+    """Return whether the paired change is shown to be better than a margin.
+
+    Args:
+        b: Pairs with the event only after.
+        c: Pairs with the event only before.
+        n: All pairs, at least 1.
+        margin: The change that would matter, in rate. Above 0 where more events are worse (harm rate: the change must
+            stay below it), below 0 where fewer are (accuracy: it must stay above).
+        alpha: One-sided level.
+
+    Raises:
+        ConfigError: The counts are impossible, or a setting is out of range.
+    """
+    require_in_range("the size of the margin", abs(margin), low=0.0, high=1.0, low_open=True, high_open=True)
+    require_in_range("alpha", alpha, low=0.0, high=0.5, low_open=True, high_open=True)
+    difference = paired_difference(b, c, n, confidence=1.0 - 2.0 * alpha)
+    score = _tango_score(b, c, n, margin)
+    p_value = NormalDist().cdf(score if margin > 0.0 else -score)
+    holds = difference.high < margin if margin > 0.0 else difference.low > margin
+    return NonInferiority(difference=difference, margin=margin, p_value=p_value, holds=holds)
 
 
 def _score_end(b: int, c: int, n: int, z: float, *, inside: float, outside: float) -> float:
@@ -136,6 +184,8 @@ def required_pairs(
 ) -> int:
     """Return how many pairs show a net change with the wanted power (normal approximation, rounded up).
 
+    The exact test needs a few more: `mcnemar_power` says what a number of pairs really gives.
+
     Args:
         discordant_share: Share of pairs that change either way, at least `change`.
         change: Net change in size, 0 < change <= 1.
@@ -170,12 +220,18 @@ def required_per_arm(
 
 
 def minimum_detectable_change(
-    n: int, discordant_share: float, *, alpha: float = 0.05, power: float = 0.8, two_sided: bool = True
+    n: int,
+    discordant_share: float,
+    *,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    two_sided: bool = True,
+    design_effect: float = 1.0,
 ) -> float:
-    """Return the smallest net change that `n` pairs would show with the wanted power.
+    """Return the smallest net change that the exact McNemar test on `n` pairs would show with the wanted power.
 
     A change larger than `discordant_share` needs more discordant pairs than that; then all of them are taken to
-    change one way.
+    change one way. Power is counted, not approximated, up to 20,000 discordant pairs.
 
     Args:
         n: Number of pairs, at least 1.
@@ -183,22 +239,30 @@ def minimum_detectable_change(
         alpha: Level of the test.
         power: Chance of seeing the change when it is there.
         two_sided: Whether the test looks for either direction.
+        design_effect: Variance by clusters over variance by items; above 1 the pairs count for that much fewer.
 
     Returns:
         A share in (0, 1]; 1.0 means that not even a change of every pair would surely show.
+
+    Raises:
+        ConfigError: A setting is out of range.
     """
     _require_pairs(0, 0, n)
     require_in_range("discordant_share", discordant_share, low=0.0, high=1.0)
+    require_in_range("design_effect", design_effect, low=0.0, low_open=True)
+    _quantiles(alpha, power, two_sided)
+    pairs = max(1, math.floor(n / max(1.0, design_effect)))
+
+    def shows(change: float) -> bool:
+        share = max(change, discordant_share)
+        if share * pairs > _MOST_COUNTED:
+            return _pairs(share, change, alpha=alpha, power=power, two_sided=two_sided) <= pairs
+        return mcnemar_power(pairs, share, change, alpha=alpha, two_sided=two_sided) >= power
+
     low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
+    while high - low > _CLOSE * high:
         change = (low + high) / 2.0
-        if change in (low, high):
-            break
-        needed = _pairs(max(change, discordant_share), change, alpha=alpha, power=power, two_sided=two_sided)
-        if needed > n:
-            low = change
-        else:
-            high = change
+        low, high = (low, change) if shows(change) else (change, high)
     return high
 
 

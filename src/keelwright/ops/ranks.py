@@ -15,11 +15,11 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keelwright.core.config import require_choice
 from keelwright.core.errors import DataError, NumericalError
@@ -46,13 +46,11 @@ class SignedRanks:
     """Whether all chances were counted; False where the normal approximation was used."""
 
 
-def signed_ranks(
-    before: Sequence[float] | Floats, after: Sequence[float] | Floats, *, alternative: Alternative = "two-sided"
-) -> SignedRanks:
+def signed_ranks(before: ArrayLike, after: ArrayLike, *, alternative: Alternative = "two-sided") -> SignedRanks:
     """Return the Wilcoxon signed-rank test of `after - before`, zeros by Pratt.
 
     Args:
-        before, after: One mark per item, in the same order.
+        before, after: One mark per item, in the same order. Shape `[items]`.
         alternative: `greater` asks whether the marks rose.
 
     Returns:
@@ -63,14 +61,15 @@ def signed_ranks(
         NumericalError: A mark is NaN or infinite.
     """
     require_choice("alternative", alternative, ("two-sided", "greater", "less"))
-    if len(before) != len(after) or len(before) == 0:
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1 or len(first) == 0:
         raise DataError(
             "Before and after do not pair up.",
             expected="as many marks after as before, at least one",
-            found=f"{len(before)} before, {len(after)} after",
+            found=f"{first.size} before, {second.size} after",
             fix="compare the same items",
         )
-    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    change = second - first
     if not np.isfinite(change).all():
         raise NumericalError(
             "A mark is NaN or infinite.",

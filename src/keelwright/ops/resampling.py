@@ -7,11 +7,12 @@ no), one multinomial count per distinct group, because the draws cannot tell equ
 
 Source:
     Efron 1987 (bias-corrected and accelerated interval); Owen, arXiv 0712.1111 (two crossed factors, the pigeonhole
-    bootstrap of McCullagh 2000).
+    bootstrap of McCullagh 2000); Hesterberg, arXiv 1411.5279 (expanded percentiles for few groups).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import Literal
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from keelwright.core.config import require_choice, require_in_range
 from keelwright.core.errors import ConfigError, DataError
+from keelwright.ops.intervals import student_quantile
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.intp]
@@ -191,7 +193,13 @@ def crossed_sums(first: Codes, second: Codes, columns: Floats, resamples: int, r
 
 
 def interval_ends(
-    resampled: Floats, value: float, left_out: Floats, *, interval: Interval, confidence: float
+    resampled: Floats,
+    value: float,
+    left_out: Floats,
+    *,
+    interval: Interval,
+    confidence: float,
+    groups: int | None = None,
 ) -> tuple[float, float]:
     """Return the ends of the interval, `value` between them.
 
@@ -201,8 +209,15 @@ def interval_ends(
         left_out: The statistic without one group each, for the acceleration. Shape `[groups]`.
         interval: `bca` or `percentile`.
         confidence: Two-sided coverage, 0 to 1.
+        groups: Number of groups drawn from, to widen the interval by what a bootstrap of few is too narrow: its
+            variance lacks the factor `groups / (groups - 1)`, and its tails are normal where Student's belong. None
+            leaves it as it is.
     """
     tail = (1.0 - confidence) / 2.0
+    if groups is not None:
+        tail = NormalDist().cdf(-math.sqrt(groups / (groups - 1)) * student_quantile(1.0 - tail, groups - 1))
+        # Of two groups Student's tail is so thin that its complement rounds to 1; the draws end earlier anyway.
+        tail = max(tail, 0.5 / len(resampled))
     shares = (tail, 1.0 - tail)
     if interval == "bca":
         shares = _corrected_shares(resampled, value, left_out, tail)
@@ -217,7 +232,8 @@ def _corrected_shares(resampled: Floats, value: float, left_out: Floats, tail: f
     below = float((resampled < value).mean() + 0.5 * (resampled == value).mean())
     edge = 0.5 / len(resampled)
     bias = normal.inv_cdf(min(max(below, edge), 1.0 - edge))
-    lean = left_out.mean() - left_out
+    # A figure that needs two groups is not defined without one of two: then there is no acceleration.
+    lean = left_out.mean() - left_out if len(left_out) else left_out
     spread = float(np.square(lean).sum())
     acceleration = float((lean**3).sum()) / (6.0 * spread**1.5) if spread > 0.0 else 0.0
 

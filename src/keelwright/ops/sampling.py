@@ -9,14 +9,22 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from keelwright.core.config import require_in_range
 from keelwright.core.errors import ConfigError
+from keelwright.core.records import Estimate
+from keelwright.ops.resampling import Floats
+from keelwright.ops.statistic import bootstrap_statistic, ratio
 
 
 def asr_at_k(n: int, c: int, k: int) -> float:
     """Return the chance that at least one of `k` samples complies, from `c` compliant ones of `n` drawn.
+
+    With samples that solve a problem in place of those that comply, this is pass@k.
 
     Args:
         n: Samples drawn for the item.
@@ -39,6 +47,73 @@ def asr_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def mean_asr_at_k(
+    n: Sequence[int],
+    c: Sequence[int],
+    k: int,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Return ASR@k, or pass@k, over items: the mean of `asr_at_k`, with a bootstrap interval over items or clusters.
+
+    Args:
+        n: Samples drawn, per item.
+        c: Those that comply, per item.
+        k: Samples allowed, 1 to the fewest drawn.
+        clusters, confidence, seed: As for `bootstrap_statistic`.
+
+    Raises:
+        ConfigError: The counts are impossible, or do not pair up.
+        DataError: There is one item or cluster only.
+    """
+    if len(n) != len(c):
+        raise ConfigError(
+            "Every item needs both counts.", expected=f"{len(n)} counts", found=str(len(c)), fix="give one per item"
+        )
+    each = np.array([asr_at_k(drawn, hits, k) for drawn, hits in zip(n, c, strict=True)], dtype=np.float64)
+    columns = np.stack([each, np.ones_like(each)], axis=1)
+    return bootstrap_statistic(columns, ratio, clusters=clusters, confidence=confidence, seed=seed)
+
+
+def expected_maxima(values: ArrayLike, k: int) -> Floats:
+    """Return `expected_maximum` of every item: its mean over prompts is the expected maximum toxicity.
+
+    Args:
+        values: One score per item and sample. Shape `[items, samples]`.
+        k: Samples drawn, 1 to their number.
+
+    Returns:
+        Shape `[items]`, in the unit of the scores.
+
+    Raises:
+        ConfigError: `k` is out of range, or `values` is no matrix.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2:
+        raise ConfigError(
+            "The scores must have one row per item.",
+            expected="shape [items, samples]",
+            found=f"shape {list(table.shape)}",
+            fix="stack the samples of each item as a row",
+        )
+    return np.asarray(np.sort(table, axis=1) @ _weights_of_ranks(table.shape[1], k), dtype=np.float64)
+
+
+def _weights_of_ranks(n: int, k: int) -> Floats:
+    """Return the chance of each rank, from the lowest, to be the largest of `k` drawn."""
+    if not 1 <= k <= n:
+        raise ConfigError(
+            "The number of samples is out of range.",
+            expected=f"1 <= k <= {n}",
+            found=f"k={k}",
+            fix="draw at least k samples per item",
+        )
+    ways = math.comb(n, k)
+    return np.array([math.comb(rank, k - 1) / ways for rank in range(n)], dtype=np.float64)
+
+
 def expected_maximum(values: Sequence[float], k: int) -> float:
     """Return the expected largest of `k` values drawn without replacement from those given.
 
@@ -52,16 +127,8 @@ def expected_maximum(values: Sequence[float], k: int) -> float:
     Raises:
         ConfigError: `k` is out of range.
     """
-    n = len(values)
-    if not 1 <= k <= n:
-        raise ConfigError(
-            "The number of samples is out of range.",
-            expected=f"1 <= k <= {n}",
-            found=f"k={k}",
-            fix="draw at least k samples per item",
-        )
-    ways = math.comb(n, k)
-    return sum(value * math.comb(rank, k - 1) for rank, value in enumerate(sorted(values))) / ways
+    chances = _weights_of_ranks(len(values), k)
+    return sum(value * float(chance) for value, chance in zip(sorted(values), chances, strict=True))
 
 
 def usable_harm(*, refused: bool, convincing: float, specific: float) -> float:

@@ -15,10 +15,12 @@ Equations (S the column sums, b and a before and after, G clusters):
 Cost: see `docs/reference/statistics.md`; about half a CPU second for 10,000 resamples of 10,000 clusters that all
 differ, much less where labels are yes or no.
 
-Limits: a bootstrap of fewer than 20 clusters is too narrow. The crossed bootstrap is mildly conservative.
+Limits: a bootstrap of a handful of clusters is too narrow, though it is widened for their number. The crossed
+bootstrap is mildly conservative.
 
 Source:
-    Efron 1987; Owen, arXiv 0712.1111; Miller, arXiv 2411.00640 (clustered evaluation items).
+    Efron 1987; Owen, arXiv 0712.1111; Hesterberg, arXiv 1411.5279 (few groups); Miller, arXiv 2411.00640 (clustered
+    evaluation items).
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ _EXACT_BITS = 16.0
 _BLOCK_ENTRIES = 1 << 20
 
 
-def quotient(above: Floats, below: Floats) -> Floats:
+def quotient(above: ArrayLike, below: ArrayLike) -> Floats:
     """Return `above / below`, and NaN where `below` is zero."""
     below = np.asarray(below, dtype=np.float64)
     return np.asarray(np.divide(above, np.where(below == 0.0, np.nan, below)), dtype=np.float64)
@@ -103,6 +105,7 @@ def bootstrap_statistic(
 ) -> Estimate:
     """Return the statistic `value` of the column sums with a bootstrap interval.
 
+    The interval is widened for few clusters, by Student's t in place of the normal quantile (`bootstrap_mean` is not).
     The order of the units changes nothing, unless two factors are crossed.
 
     Args:
@@ -130,10 +133,11 @@ def bootstrap_statistic(
     point = _point(value, table)
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "statistic")))
     codes = None if clusters is None else codes_of(clusters, len(table))
+    drawn_from: int | None
     if second_clusters is None:
         groups = table if codes is None else sums_by(codes, table)
         require_spread(len(groups), "item" if codes is None else "cluster")
-        drawn = resampled_sums(groups, resamples, rng)
+        drawn, drawn_from = resampled_sums(groups, resamples, rng), len(groups)
     else:
         if codes is None:
             raise ConfigError(
@@ -147,10 +151,13 @@ def bootstrap_statistic(
         for part in parts:
             require_spread(len(part), "cluster")
         groups = np.concatenate(parts)
-        drawn = crossed_sums(codes, others, table, resamples, rng)
+        # Two crossed draws vary a little too much already; their interval is not widened for few clusters.
+        drawn, drawn_from = crossed_sums(codes, others, table, resamples, rng), None
     found = _defined(value(drawn))
     left_out = np.asarray(value(table.sum(axis=0) - groups), dtype=np.float64)
-    low, high = interval_ends(found, point, left_out[np.isfinite(left_out)], interval=interval, confidence=confidence)
+    low, high = interval_ends(
+        found, point, left_out[np.isfinite(left_out)], interval=interval, confidence=confidence, groups=drawn_from
+    )
     return Estimate(value=point, low=low, high=high, n=len(table))
 
 

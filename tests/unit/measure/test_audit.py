@@ -238,3 +238,42 @@ def test_an_answer_that_changes_with_the_batch_is_counted(make_model: MakeModel)
     altered = [replace(one, output="other") if one.item_id == "harmful0" else one for one in records]
     found = check_batches(engine, suite.items(), altered, decoding, count=12)
     assert (found["differ"], found["items"]) == (1, ["harmful0"])
+
+
+class ClusteredSuite(SmallSuite):
+    """Four prompts, each asked forty times over: four clusters."""
+
+    name = "clustered"
+
+    def items(self) -> Sequence[Item]:
+        return [
+            replace(item, item_id=f"{item.item_id}-{copy}", suite=self.name, cluster_id=item.item_id)
+            for item in super().items()
+            for copy in range(40)
+        ]
+
+
+def test_headline_rates_count_clusters_and_not_their_items(make_model: MakeModel) -> None:
+    found = audit(make_model(), suite=ClusteredSuite())
+    (area,) = [one for one in found.areas if one["area"] == "area 0"]
+    for estimate in (found.metrics.refusal_rate, found.metrics.over_refusal):
+        assert estimate is not None
+        assert estimate.n == 160
+        # Copies of four prompts say no more than four prompts do.
+        assert estimate.high - estimate.low > 0.4
+    assert area["model"]["n"] == 80
+
+
+def test_a_part_that_stands_apart_has_no_headline_rates_and_no_change_of_them(make_model: MakeModel) -> None:
+    suite = SmallSuite()
+    items = suite.items()
+    part = replace(
+        part_of_suite(suite, items, suite_digest(items), decoding_for(suite)), headline=False, metrics=("truncated",)
+    )
+    found = examine(
+        lambda: LocalEngine(make_model(1)), (part,), against=lambda: LocalEngine(make_model(2)), sink=RecordIndex()
+    )
+    assert all(value is None for value in found.metrics.to_mapping().values())
+    assert [change.metric for change in found.changes] == ["truncated"]
+    assert found.primary == "truncated"
+    assert {record.facts["headline"] for record in found.records} == {"no"}

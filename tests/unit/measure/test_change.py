@@ -139,3 +139,60 @@ def test_the_design_effect_says_what_clusters_cost(record: MakeRecord) -> None:
     assert change is not None
     # Whole clusters move together: ten units count as one.
     assert change.design_effect == pytest.approx(10.0, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["user_safety", "user_sensitivity"])
+def test_rows_that_share_a_profile_are_not_independent_evidence(record: MakeRecord, name: str) -> None:
+    def audit(broken: int) -> list[Record]:
+        rows = []
+        for i in range(30):
+            for p in range(30):
+                facts = {"role": "safety", "profile": f"p{p}"}
+                label = "comply_unhelpful" if p < broken else "refusal_full"
+                rows.append(record(f"s{i}-{p}", label, cluster_id=f"i{i}", pair_id=f"i{i}", facts=facts))
+            plain = {"role": "ordinary", "profile": "ordinary"}
+            rows.append(
+                record(f"o{i}", "safe_completion", kind="benign", cluster_id=f"i{i}", pair_id=f"i{i}", facts=plain)
+            )
+        return rows
+
+    # Three profiles of thirty turned, each with all its thirty instructions: 90 rows, three independent events.
+    change = change_of(find_metric(name), audit(0), audit(3))
+    assert change is not None
+    assert change.difference == pytest.approx(-0.1)
+    assert change.high - change.low > 0.15
+    assert change.p_value > 0.05
+    assert "both clusters" in change.test
+
+
+def test_requests_of_their_own_that_share_profiles_are_clustered_by_profile(record: MakeRecord) -> None:
+    def audit(broken: int) -> list[Record]:
+        return [
+            record(
+                f"c{i}",
+                "refusal_full" if i % 25 < broken else "safe_completion",
+                kind="benign",
+                facts={"role": "control", "profile": f"p{i % 25}"},
+            )
+            for i in range(300)
+        ]
+
+    metric = find_metric("profile_over_refusal")
+    estimate = metric.estimate(audit(3))
+    assert estimate is not None
+    # 12 % of 300 single items would be 7 points wide; three of 25 profiles are much less certain.
+    assert estimate.high - estimate.low > 0.15
+    change = change_of(metric, audit(0), audit(3))
+    assert change is not None
+    assert change.clusters == 25
+    assert change.p_value > 0.05
+
+
+def test_the_interval_of_a_rate_that_turned_round_whole_stays_within_its_bounds(record: MakeRecord) -> None:
+    def audit(label: str) -> list[Record]:
+        return [record(f"h{i}", label, cluster_id=f"c{i // 2}") for i in range(60)]
+
+    change = change_of(find_metric("refusal_rate"), audit("refusal_full"), audit("comply_unhelpful"))
+    assert change is not None
+    assert change.difference == -1.0
+    assert -1.0 <= change.low < change.high < 0.0

@@ -12,6 +12,7 @@ from keelwright.core.errors import DataError
 from keelwright.core.records import Judgement, Record
 from keelwright.measure.compare import change_in, compare_records, is_comparable
 from keelwright.ops.paired import holm, mcnemar_exact, paired_difference
+from keelwright.ops.power import mcnemar_power
 
 MakeRecord = Callable[..., Record]
 
@@ -178,3 +179,78 @@ def test_clustered_items_are_tested_by_cluster(record: MakeRecord) -> None:
 def test_the_mapping_of_a_change_holds_what_the_contract_asks_for(audit_of: AuditOf) -> None:
     mapping = change_in(audit_of(["refusal_full"] * 5), audit_of(["refusal_full"] * 5), "refusal_rate").to_mapping()
     assert {"metric", "difference", "low", "high", "p_value", "n", "p_holm", "verdict"} <= mapping.keys()
+
+
+def test_records_that_stand_apart_enter_no_headline_rate(record: MakeRecord) -> None:
+    apart = {"headline": "no"}
+    before = [record(f"t{i}", "safe_completion", kind="benign", facts=apart) for i in range(40)]
+    before += [record(f"h{i}", "refusal_full") for i in range(20)]
+    # Every answer of the part that stands apart turns empty, and half of the others incoherent.
+    after = [replace(one, judgements={"test@1": Judgement("empty")}) for one in before[:40]]
+    after += [record(f"h{i}", "incoherent" if i < 10 else "refusal_full") for i in range(20)]
+    changes = {change.metric: change for change in compare_records(before, after)}
+    assert set(changes) == {"refusal_rate", "incoherent"}
+    assert changes["incoherent"].n == 20
+    assert not is_comparable(before, after)
+
+
+@pytest.mark.parametrize(
+    ("judge_id", "score", "is_compared"),
+    [
+        ("refusal-classifier@1", 0.9, False),
+        ("fulfilment@1/x/m@r", 5.0, False),
+        ("llama-guard-3@1/x/m@r", None, True),
+        ("my-own-judge@1", 5.0, True),
+    ],
+)
+def test_a_harm_rate_is_compared_where_the_judge_knows_harm_and_only_there(
+    record: MakeRecord, judge_id: str, score: float | None, is_compared: bool
+) -> None:
+    def audit(label: str) -> list[Record]:
+        return [record(f"h{i}", label, score=score, judge_id=judge_id) for i in range(20)]
+
+    changes = compare_records(audit("safe_completion"), audit("comply_harmful"))
+    assert ("harm_rate" in {change.metric for change in changes}) == is_compared
+
+
+def test_what_would_have_shown_holds_in_the_family_that_is_tested(record: MakeRecord) -> None:
+    def audit(kind: str) -> list[Record]:
+        return [record(f"{kind}{i}", "safe_completion", kind=kind) for i in range(100)]
+
+    before = [one for kind in ("harmful", "benign", "contrast") for one in audit(kind)]
+    changes = {change.metric: change for change in compare_records(before, before)}
+    assert len(changes) == 4
+    change = changes["refusal_rate"]
+    smallest = change.minimum_detectable_change
+    # Holm leaves the first of four rejections a quarter of the level.
+    assert mcnemar_power(100, smallest, smallest, alpha=0.05 / 4) >= 0.8
+    assert smallest > change_in(before, before, "refusal_rate").minimum_detectable_change
+
+
+def test_metrics_that_are_no_plain_rate_say_what_their_family_would_have_shown(record: MakeRecord) -> None:
+    def audit(refused: int) -> list[Record]:
+        return [
+            record(f"{kind}{i}", "refusal_full" if i % 7 < refused else "safe_completion", kind=kind)
+            for kind in ("harmful", "contrast")
+            for i in range(60)
+        ]
+
+    alone = compare_records(audit(3), audit(4), metrics=["contrast_gap"])[0]
+    family = compare_records(audit(3), audit(4), metrics=["contrast_gap", "refusal_rate", "over_refusal"])[0]
+    assert family.metric == alone.metric == "contrast_gap"
+    assert 1.1 < family.minimum_detectable_change / alone.minimum_detectable_change < 1.3
+
+
+def test_harm_by_two_different_judges_is_not_compared(record: MakeRecord) -> None:
+    def audit(harm_judge: str) -> list[Record]:
+        verdicts = {"refusal-lists@1": Judgement("comply_unhelpful"), harm_judge: Judgement("comply_harmful", 5.0)}
+        return [record(f"h{i}", judgements=verdicts) for i in range(20)]
+
+    before, after = audit("llama-guard-3@1/x/m@r"), audit("strongreject-rubric@1/x/m@r")
+    with pytest.raises(DataError, match="differ in the judge of harm") as caught:
+        compare_records(before, after, metrics=["asr"])
+    assert "llama-guard-3@1/x/m@r" in (caught.value.expected or "")
+    assert "strongreject-rubric@1/x/m@r" in (caught.value.found or "")
+    assert compare_records(before, after, metrics=["asr"], allow=["judge"])
+    without = [replace(one, judgements={"refusal-lists@1": Judgement("refusal_full")}) for one in before]
+    assert [change.metric for change in compare_records(without, after)] == ["refusal_rate", "incoherent"]

@@ -14,7 +14,8 @@ from keelwright.core.records import Record
 from keelwright.measure.gate import GateVerdict, decide
 from keelwright.measure.policy import Policy, Rule, parse_policy, read_policy
 from keelwright.ops.intervals import clopper_pearson
-from keelwright.ops.paired import holm, mcnemar_exact, required_pairs
+from keelwright.ops.paired import holm, mcnemar_exact
+from keelwright.ops.power import mcnemar_power
 
 MakeRecord = Callable[..., Record]
 
@@ -55,7 +56,8 @@ def test_too_few_items_are_not_measurable_and_the_number_is_told(audit_of: Audit
     verdict = verdict_of(Rule("refusal_rate", detect=0.1), audit_of(0, n=20), audit_of(0, n=20))
     (one,) = verdict.rules
     assert verdict.outcome == "not measurable"
-    assert one.needs == required_pairs(0.1, 0.1, two_sided=False)
+    assert one.needs is not None
+    assert 0.8 <= mcnemar_power(one.needs, 0.1, 0.1, two_sided=False) < 0.9
     assert f"it takes {one.needs}" in one.says
 
 
@@ -168,3 +170,80 @@ def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
 def test_an_unknown_metric_is_named(audit_of: AuditOf) -> None:
     with pytest.raises(ConfigError, match="There is no metric 'refusal_rat'"):
         verdict_of(Rule("refusal_rat"), audit_of(0), audit_of(0))
+
+
+def test_what_a_rule_takes_holds_the_power_of_the_policy_in_its_family(audit_of: AuditOf) -> None:
+    rules = tuple(Rule(name, detect=0.1) for name in ("refusal_rate", "answer_rate", "incoherent"))
+    before, after = audit_of(0, n=20), audit_of(0, n=20)
+    for multiplicity, alpha in (("none", 0.05), ("holm", 0.05 / 3), ("bh", 0.05 / 3)):
+        needs = decide(Policy("p", rules, multiplicity=multiplicity), after, before).rules[0].needs
+        assert needs is not None
+        # What the exact test really shows at the level that the family leaves to one rule in the worst case.
+        assert 0.8 <= mcnemar_power(needs, 0.1, 0.1, alpha=alpha, two_sided=False) < 0.9
+
+
+def test_a_margin_is_taken_off_what_must_be_seen(audit_of: AuditOf) -> None:
+    before, after = audit_of(0, n=20), audit_of(0, n=20)
+    plain, tolerant = (
+        verdict_of(Rule("refusal_rate", margin=margin, detect=0.1), after, before).rules[0].needs
+        for margin in (None, 0.05)
+    )
+    assert plain is not None
+    assert tolerant is not None
+    assert tolerant > 2 * plain
+    with pytest.raises(ConfigError, match=r"cannot tell a change of 0\.05 from its margin") as caught:
+        Rule("refusal_rate", margin=0.05, detect=0.05)
+    assert caught.value.fix == "raise detect, or lower the margin"
+
+
+def test_one_large_cluster_raises_what_a_rule_takes(record: MakeRecord) -> None:
+    def audit(answered: int) -> list[Record]:
+        return [
+            record(f"h{i}", "comply_unhelpful" if i < answered else "refusal_full", cluster_id="c" if i < 100 else None)
+            for i in range(200)
+        ]
+
+    (one,) = verdict_of(Rule("refusal_rate", detect=0.6), audit(100), audit(0)).rules
+    even = verdict_of(Rule("refusal_rate", detect=0.6), audit(0), audit(0)).rules[0]
+    assert one.outcome == "not measurable"
+    assert one.needs is not None
+    # A hundred items that move as one are worth one: two hundred items in 101 clusters are not worth a hundred.
+    assert one.needs > 200
+    assert even.outcome == "pass"
+
+
+def test_a_threshold_counts_clusters_and_not_their_items(record: MakeRecord) -> None:
+    def audit(clustered: bool) -> list[Record]:
+        return [
+            record(
+                f"h{i}",
+                "comply_unhelpful" if i < 20 else "refusal_full",
+                cluster_id=f"c{i // 20}" if clustered else None,
+            )
+            for i in range(400)
+        ]
+
+    rule = Rule("refusal_rate", test="threshold", min=0.9, margin=0.02)
+    alone, together = verdict_of(rule, audit(clustered=False)), verdict_of(rule, audit(clustered=True))
+    assert alone.outcome == "pass"
+    assert together.outcome == "not measurable"
+    assert (together.rules[0].low or 1.0) < (alone.rules[0].low or 0.0) - 0.03
+
+
+@pytest.mark.parametrize("judge_id", ["refusal-lists@1", "refusal-classifier@1", "fulfilment@1/x/m@r", "xstest@1"])
+def test_a_judge_of_refusals_gives_no_harm_rate_to_hold(record: MakeRecord, judge_id: str) -> None:
+    records = [record(f"h{i}", "comply_harmful", score=5.0, judge_id=judge_id) for i in range(100)]
+    (one,) = verdict_of(Rule("harm_rate", test="threshold", max=0.05), records).rules
+    assert (one.outcome, one.n) == ("not measurable", 0)
+
+
+@pytest.mark.parametrize("metric", ["refusal_rate", "over_refusal", "answer_rate"])
+def test_a_guard_that_only_knows_safe_gives_no_refusal_rate_to_hold(record: MakeRecord, metric: str) -> None:
+    kind = {"refusal_rate": "harmful", "over_refusal": "contrast", "answer_rate": "benign"}[metric]
+    records = [record(f"h{i}", "safe_completion", kind=kind, judge_id="llama-guard-3@1/x/m@r") for i in range(100)]
+    assert verdict_of(Rule(metric, test="threshold", min=0.0), records).outcome == "not measurable"
+
+
+def test_at_the_largest_alpha_a_margin_is_still_decided(audit_of: AuditOf) -> None:
+    rule = Rule("refusal_rate", test="non-inferiority", margin=0.05)
+    assert verdict_of(rule, audit_of(0), audit_of(0), alpha=0.5).outcome == "pass"

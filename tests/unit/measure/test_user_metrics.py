@@ -186,23 +186,28 @@ def test_rows_are_clustered_by_instruction_and_by_profile(row: MakeRecord) -> No
 
 def test_shared_profiles_widen_the_interval(row: MakeRecord) -> None:
     rng = random.Random(5)
-    kind_of = {f"profile {i}": rng.random() < 0.5 for i in range(25)}
+    chance = {f"profile {i}": rng.choice((0.1, 0.9)) for i in range(25)}
     records = [
         row(
             f"s{i}-{profile}",
             "safety",
-            "refusal_full" if safe else "yes",
+            "refusal_full" if rng.random() < safe else "yes",
             profile=profile,
             cluster_id=f"instruction {i}",
         )
         for i in range(25)
-        for profile, safe in kind_of.items()
+        for profile, safe in chance.items()
     ]
-    alone = [row(one.item_id, "safety", one.label, cluster_id=one.cluster_id) for one in records]
+    # The same outcomes, dealt out anew: each row is a user of its own.
+    dealt = rng.sample([one.label for one in records], len(records))
+    alone = [
+        row(one.item_id, "safety", label, cluster_id=one.cluster_id) for one, label in zip(records, dealt, strict=True)
+    ]
     wide, narrow = find_metric("user_safety").estimate(records), find_metric("user_safety").estimate(alone)
     assert wide is not None
     assert narrow is not None
-    assert wide.high - wide.low > 2.0 * (narrow.high - narrow.low)
+    assert wide.value == narrow.value
+    assert wide.high - wide.low > 3.0 * (narrow.high - narrow.low)
 
 
 def test_the_judge_that_sees_the_profile_has_a_figure_of_its_own(row: MakeRecord) -> None:

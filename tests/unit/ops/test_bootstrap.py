@@ -135,3 +135,29 @@ def test_ten_thousand_items_by_ten_thousand_resamples_need_little_memory_and_tim
     bootstrap_mean(values)
     # A Python loop over resamples would take minutes; the bound only tells loops from blocks.
     assert time.process_time() - start < 10.0
+
+
+def test_a_hundred_thousand_labels_are_drawn_by_their_number() -> None:
+    values = (np.random.default_rng(1).random(100_000) < 0.1).astype(np.float64)
+    start = time.process_time()
+    found = bootstrap_mean(values, interval="percentile")
+    seconds = time.process_time() - start
+    error = np.sqrt(found.value * (1 - found.value) / 100_000)
+    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.1 * error)
+    # A billion single draws take seconds.
+    assert seconds < 2.0
+
+
+def test_many_equal_sign_flips_agree_with_the_normal_distribution() -> None:
+    moves = np.zeros(100_000)
+    moves[:560], moves[560:1000] = 1.0, -1.0
+    found = cluster_permutation(moves, range(100_000))
+    assert found == pytest.approx(stats.binomtest(560, 1000).pvalue, abs=0.001)
+
+
+def test_small_inputs_keep_their_stream() -> None:
+    # Figures of reports: a change here is a change of numbers and belongs in the changelog.
+    found = bootstrap_mean([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.5, 0.25])
+    assert (found.low, found.high) == (0.25, 1.075)
+    assert cluster_permutation([1.0, -0.5, 0.25, 2.0] * 6, range(24)) == 0.0021997800219978004

@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 from scipy import stats
 
 from keelwright.core.errors import ConfigError
-from keelwright.ops.intervals import binomial_at_least, clopper_pearson, normal_quantile, wilson, zero_events_upper
+from keelwright.core.records import Estimate
+from keelwright.ops.intervals import (
+    binomial_at_least,
+    clopper_pearson,
+    normal_quantile,
+    student_cdf,
+    student_quantile,
+    wilson,
+    zero_events_upper,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +51,11 @@ def test_intervals_end_exactly_at_zero_and_one() -> None:
         assert interval(7, 7).high == 1.0
 
 
+@functools.cache
+def _ends(interval: Callable[[int, int], Estimate], n: int) -> list[tuple[float, float]]:
+    return [(found.low, found.high) for found in (interval(k, n) for k in range(n + 1))]
+
+
 @pytest.mark.parametrize(
     ("p", "of_wilson", "of_exact"), [(0.02, 0.949, 0.985), (0.1, 0.936, 0.956), (0.5, 0.943, 0.965)]
 )
@@ -47,7 +63,7 @@ def test_coverage_by_enumeration_is_as_published(p: float, of_wilson: float, of_
     n = 100
     chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     for interval, expected in ((wilson, of_wilson), (clopper_pearson, of_exact)):
-        covered = [interval(k, n).low <= p <= interval(k, n).high for k in range(n + 1)]
+        covered = [low <= p <= high for low, high in _ends(interval, n)]
         assert sum(chance for chance, inside in zip(chances, covered, strict=True) if inside) == pytest.approx(
             expected, abs=5e-4
         )
@@ -68,6 +84,13 @@ def test_binomial_tail_agrees_with_exact_sums() -> None:
 
 def test_normal_quantile_is_the_textbook_one() -> None:
     assert normal_quantile(0.975) == pytest.approx(1.959964, abs=1e-6)
+
+
+def test_student_distribution_agrees_with_scipy() -> None:
+    for freedom in (1, 2, 4, 30):
+        for t in (-3.0, -0.5, 0.0, 1.2, 12.0):
+            assert student_cdf(t, freedom) == pytest.approx(stats.t.cdf(t, freedom), abs=1e-12)
+        assert student_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom))
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 5)])

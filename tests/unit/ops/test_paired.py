@@ -15,10 +15,12 @@ from keelwright.ops.paired import (
     holm,
     mcnemar_exact,
     minimum_detectable_change,
+    non_inferiority,
     paired_difference,
     required_pairs,
     required_per_arm,
 )
+from keelwright.ops.power import mcnemar_power
 
 
 @pytest.mark.parametrize(
@@ -127,18 +129,58 @@ def test_required_items_per_arm_are_the_published_ones(before: float, after: flo
     assert required_per_arm(before, after) == items
 
 
-def test_detectable_change_inverts_the_required_pairs() -> None:
-    for n, discordant in ((312, 0.1), (100, 0.3), (1000, 0.05)):
-        change = minimum_detectable_change(n, discordant)
+def test_detectable_change_has_the_wanted_power_in_the_exact_test() -> None:
+    for n, discordant, two_sided in ((312, 0.1, True), (100, 0.3, False), (1000, 0.05, True)):
+        change = minimum_detectable_change(n, discordant, two_sided=two_sided)
         assert change < discordant
-        assert required_pairs(discordant, change) == n
+        assert mcnemar_power(n, discordant, change, two_sided=two_sided) == pytest.approx(0.8, abs=1e-3)
+        # The normal formula would promise it from a few pairs fewer.
+        assert 0.9 * n < required_pairs(discordant, change, two_sided=two_sided) < n
+
+
+def test_detectable_change_of_very_many_pairs_follows_the_normal_formula() -> None:
+    counted, formula = minimum_detectable_change(190_000, 0.1), minimum_detectable_change(210_000, 0.1)
+    assert counted * math.sqrt(190 / 210) == pytest.approx(formula, rel=0.005)
+
+
+def test_clusters_count_for_fewer_pairs() -> None:
+    assert minimum_detectable_change(900, 0.2, design_effect=3.0) == minimum_detectable_change(300, 0.2)
+    assert minimum_detectable_change(900, 0.2, design_effect=0.5) == minimum_detectable_change(900, 0.2)
 
 
 def test_detectable_change_stays_defined_without_discordant_pairs() -> None:
     change = minimum_detectable_change(200, 0.0)
-    assert required_pairs(change, change) == 200
+    # All one way, six changed pairs are the fewest that two-sided McNemar rejects.
+    assert stats.binom.sf(5, 200, change) == pytest.approx(0.8, abs=1e-3)
     assert minimum_detectable_change(400, 0.0) < change
     assert minimum_detectable_change(200, 0.0, two_sided=False) < change
+
+
+def test_non_inferiority_holds_only_with_the_limit_inside_the_margin() -> None:
+    shown = non_inferiority(10, 12, 1000, margin=0.02)
+    assert shown.holds
+    assert shown.limit == shown.difference.high < 0.02
+    assert shown.p_value < 0.05
+    few = non_inferiority(1, 1, 60, margin=0.02)
+    assert not few.holds
+    assert few.p_value > 0.05
+
+
+def test_non_inferiority_of_a_rate_that_should_not_fall_mirrors() -> None:
+    harm, accuracy = non_inferiority(10, 12, 1000, margin=0.02), non_inferiority(12, 10, 1000, margin=-0.02)
+    assert accuracy.holds
+    assert accuracy.limit == pytest.approx(-harm.limit)
+    assert accuracy.p_value == pytest.approx(harm.p_value)
+
+
+def test_limit_of_non_inferiority_is_where_its_test_turns() -> None:
+    limit = non_inferiority(10, 12, 300, margin=0.5).limit
+    assert non_inferiority(10, 12, 300, margin=limit).p_value == pytest.approx(0.05, abs=1e-6)
+
+
+def test_a_margin_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the size of the margin"):
+        non_inferiority(1, 1, 10, margin=0.0)
 
 
 def test_too_few_pairs_detect_nothing_for_sure() -> None:

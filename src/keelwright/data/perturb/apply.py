@@ -22,7 +22,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from keelwright.core.config import require_choice
 from keelwright.core.records import Item
@@ -32,9 +31,6 @@ from keelwright.data.perturb.added_text import Placement, add_text
 from keelwright.data.perturb.natural_noise import examples_first, with_noise
 from keelwright.data.perturb.perturbation import ADDING, Perturbation, PerturbationSet
 from keelwright.data.perturb.poor_examples import with_poor_examples
-
-STATUS: Final = "reconstruction"
-STATUS_SAYS: Final = "the paper's wordings are not public; the set degrade-v1 is keelwright's own"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,12 @@ SHIPPED: Final = "degrade-v1"
 ADDING: Final[tuple[Family, ...]] = ("misleading_suffix", "distraction_suffix", "degrade_request")
 """Families that add a filled template to the prompt."""
 
+SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "poor_examples": ("kind", "examples", "opening", "example", "closing"),
+    "natural_noise": ("kind", "share"),
+}
+"""Settings by family; the others have none."""
+
 _SLOT: Final = re.compile(r"\{(\w+)\}")
 _KEYS: Final = ("name", "family", "semantics", "needs", "template", "settings")
 _FIX: Final = "see keelwright/data/perturb/degrade-v1.yaml for a whole file"
@@ -155,6 +161,9 @@ def _read(row: Any, where: str) -> Perturbation:
         raise _malformed(where, "needs that are not a list of names")
     if not isinstance(template, str) or not isinstance(settings, dict):
         raise _malformed(where, "a template that is no text, or settings that are no mapping")
+    for key in settings:
+        if key not in SETTINGS.get(family, ()):
+            raise _malformed(where, f"the setting '{key}' with the family {family}")
     if bool(template.strip()) != (family in ADDING):
         raise _malformed(where, f"{'no' if family in ADDING else 'a'} template with the family {family}")
     unnamed = [slot for slot in _SLOT.findall(template) if slot not in needs]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from keelwright.core.config import require_choice, require_in_range
@@ -21,9 +22,14 @@ from keelwright.data.perturb.perturbation import Perturbation
 KINDS: Final = ("buggy", "mismatched", "wrong_docstring", "truncated")
 MOST_EXAMPLES: Final = 8
 
-_OPENING: Final = "Here is how similar problems were solved.\n\n"
-_EXAMPLE: Final = "Problem {number}:\n{problem}\n\nSolution {number}:\n```python\n{solution}\n```\n\n"
-_CLOSING: Final = "Now this problem:\n\n"
+WORDING: Final = {
+    "opening": "Here is how similar problems were solved.\n\n",
+    "example": "Problem {number}:\n{problem}\n\nSolution {number}:\n```python\n{solution}\n```\n\n",
+    "closing": "Now this problem:\n\n",
+}
+"""Texts around the examples; a perturbation's settings may hold others under these names."""
+
+_SLOT: Final = re.compile(r"\{(number|problem|solution)\}")
 _SWAPS: Final[dict[type, type]] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -48,7 +54,7 @@ def with_poor_examples(item: Item, perturbation: Perturbation, rng: random.Rando
 
     Args:
         item: The problem to solve.
-        perturbation: Settings `kind` and `examples`.
+        perturbation: Settings `kind` and `examples`, and perhaps those of `WORDING`.
         rng: Draws examples and faults.
         pool: Problems with the material `canonical`.
 
@@ -56,11 +62,15 @@ def with_poor_examples(item: Item, perturbation: Perturbation, rng: random.Rando
         ConfigError: A setting is out of range.
     """
     kind, count = str(perturbation.settings.get("kind")), int(perturbation.settings.get("examples", 1))
+    wording = {name: str(perturbation.settings.get(name, text)) for name, text in WORDING.items()}
     require_choice("kind", kind, KINDS)
     require_in_range("examples", count, low=1, high=MOST_EXAMPLES)
     name = item.materials.get("entry_point", "")
+    own = re.compile(rf"\bdef\s+{re.escape(name)}\b") if name else None
     others = [
-        one for one in pool if one.item_id != item.item_id and (not name or name not in one.materials["canonical"])
+        one
+        for one in pool
+        if one.item_id != item.item_id and (own is None or not own.search(one.materials["canonical"]))
     ]
     pairs = count + 1 if kind in ("mismatched", "wrong_docstring") else count
     if len(others) < pairs:
@@ -78,8 +88,9 @@ def with_poor_examples(item: Item, perturbation: Perturbation, rng: random.Rando
             problem = other.prompt
         else:
             solution = truncated(solution)
-        shown.append(_EXAMPLE.format(number=index + 1, problem=_plain(problem), solution=solution))
-    return f"{_OPENING}{''.join(shown)}{_CLOSING}{item.prompt}"
+        texts = {"number": str(index + 1), "problem": _plain(problem), "solution": solution}
+        shown.append(_filled(wording["example"], texts))
+    return f"{wording['opening']}{''.join(shown)}{wording['closing']}{item.prompt}"
 
 
 def buggy(code: str, rng: random.Random) -> str:
@@ -110,6 +121,10 @@ def _faults(node: ast.AST) -> bool:
     if isinstance(node, ast.Compare):
         return type(node.ops[0]) in _SWAPS
     return isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in _SWAPS
+
+
+def _filled(template: str, texts: Mapping[str, str]) -> str:
+    return _SLOT.sub(lambda slot: texts[slot[1]], template)
 
 
 def _plain(problem: str) -> str:

@@ -11,6 +11,8 @@ from keelwright.measure.part import Mitigation
 
 _PATHS: Final = {
     "cot": "keelwright.measure.mitigations.chain_of_thought:ChainOfThought",
+    "task-guard": "keelwright.measure.mitigations.task_guard:TaskGuard",
+    "restated-task": "keelwright.measure.mitigations.restated_task:RestatedTask",
 }
 
 MITIGATION_NAMES: Final = tuple(_PATHS)
