@@ -47,15 +47,13 @@ def show(
 
 @app.command()
 def build(
-    name: Annotated[str, typer.Argument(help="World to build: workshop, or pictures.")] = "workshop",
-    out: Annotated[Path, typer.Option(help="Folder for the organisms: base and aligned, or projected and adapted.")] = (
-        Path("organisms")
-    ),
+    name: Annotated[str, typer.Argument(help="World to build: workshop, pictures, or code.")] = "workshop",
+    out: Annotated[Path, typer.Option(help="Folder for the organisms, one folder each.")] = Path("organisms"),
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train organisms from a seed, under three minutes of CPU: base and aligned, or the aligned one given eyes."""
+    """Train a world's organisms from a seed, under three minutes of CPU."""
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
         from keelwright.runs.places import require_place
 
@@ -64,6 +62,10 @@ def build(
             from keelwright.worlds.pictures.organism import export_vision_organism
 
             built = export_vision_organism(out, seed, progress=progress)
+        elif name == "code":
+            from keelwright.worlds.code.organism import export_code_organisms
+
+            built = export_code_organisms(out, seed, progress=progress)
         else:
             from keelwright.worlds.organisms import build as build_organisms
 
