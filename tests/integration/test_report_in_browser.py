@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keelwright.report.page import render_audit, render_heal
+from keelwright.report.page import render_audit, render_compare, render_gate, render_heal
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the python package playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,6 +40,21 @@ def sample():
     return module
 
 
+AREAS = tuple(f"area_{index}_of_a_village{'_with_a_long_name' * (index % 4 == 0)}" for index in range(40))
+
+
+def audit_pages(made, spec):
+    """An audit of two models over forty areas, one of two thousand items, a comparison and a gate."""
+    summary = made.make_rich_summary(AREAS)
+    sides = made.make_rich_records(AREAS, models=("before", "after"))
+    return {
+        "rich": render_audit(spec, summary, made.make_rich_records(AREAS)),
+        "many": render_audit(spec, summary, made.make_rich_records(AREAS, each=60)),
+        "compare": render_compare(spec, {**summary, "command": "compare", "runs": ["a", "b"]}, sides),
+        "gate": render_gate(spec, made.make_gate_summary()),
+    }
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Write one page for each verdict, one audit, and one of a run with long paths; return their addresses."""
@@ -47,6 +62,7 @@ def pages(tmp_path_factory):
     rows, spec = made.make_records(), made.make_run()
     texts = {verdict: render_heal(spec, made.SUMMARIES[verdict](), rows) for verdict in VERDICTS}
     texts["audit"] = render_audit({**spec, "command": "audit"}, made.make_audit_summary(), [])
+    texts |= audit_pages(made, {**spec, "command": "audit"})
     texts["paths"] = render_heal(*made.with_paths(spec, made.SUMMARIES["repaired"]()), rows)
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -94,7 +110,7 @@ def brightness(colour):
     return sum(int(one) for one in re.findall(r"\d+", colour)[:3])
 
 
-@pytest.mark.parametrize("name", [*VERDICTS, "audit", "paths"])
+@pytest.mark.parametrize("name", [*VERDICTS, "audit", "paths", "rich", "compare", "gate"])
 @pytest.mark.parametrize("width", [360, 768, 1280])
 def test_no_page_is_wider_than_its_window(visit, name, width):
     page = visit(name, width=width)
@@ -231,7 +247,7 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["repaired", "repair_not_verified"])
+@pytest.mark.parametrize("name", ["repaired", "repair_not_verified", "rich", "gate"])
 def test_text_stands_out_from_its_ground(visit, name, scheme):
     assert visit(name, scheme=scheme).evaluate(CONTRAST) == []
 
@@ -273,3 +289,120 @@ def test_without_scripts_everything_can_still_be_read(visit):
     fold = page.locator("details.fold").first
     fold.locator("summary").press("Enter")
     assert fold.locator(".text").is_visible()
+
+
+def shown(page):
+    return page.locator(".entry:visible")
+
+
+def test_answers_are_searched_and_filtered_together(visit):
+    page = visit("rich")
+    total = page.locator(".entry").count()
+    assert shown(page).count() == min(50, total)
+    page.get_by_label("Search prompts and answers").fill("villager")
+    playwright.expect(page.locator("#found")).to_have_text(re.compile("^6 of"))
+    assert shown(page).count() == 6
+    page.get_by_label("Verdict on any answer").select_option("answered")
+    assert page.locator("#found").inner_text() == f"2 of {total} items"
+    page.get_by_role("button", name="Clear filters").press("Enter")
+    assert page.locator("#found").inner_text().startswith(f"{total} of {total} items")
+    assert page.evaluate("document.activeElement.id") == "filter-text"
+
+
+def test_items_that_flipped_and_items_in_dispute_can_be_had_alone(visit):
+    page = visit("rich")
+    page.get_by_label("Change", exact=True).select_option("*")
+    every = page.locator(".entry[data-turns]").count()
+    assert page.locator("#found").inner_text().startswith(f"{every} of")
+    page.get_by_label("Judges disagree").check()
+    both = page.locator(".entry[data-turns][data-differs]").count()
+    assert page.locator("#found").inner_text().startswith(f"{both} of")
+    assert 0 < both < every
+    assert shown(page).count() == both
+
+
+def test_the_rest_of_a_turn_is_one_click_away(visit):
+    page = visit("rich")
+    page.locator("a[data-turn='refusal_rate:worse']").click()
+    assert page.get_by_label("Change", exact=True).input_value() == "refusal_rate:worse"
+    turned = page.locator(".entry[data-turns*='refusal_rate:worse']").count()
+    assert page.locator("#found").inner_text().startswith(f"{turned} of")
+
+
+def test_a_wrong_pair_leads_to_its_answers_whatever_is_filtered(visit):
+    page = visit("rich")
+    page.get_by_label("Search prompts and answers").fill("nothing has these words")
+    playwright.expect(page.locator("#found")).to_have_text(re.compile("^0 of"))
+    page.locator("#pairs details.data summary").first.click()
+    link = page.locator("#pairs-0-wrong-table a").first
+    target = link.get_attribute("href")
+    link.click()
+    assert page.locator(target).evaluate("one => one.open")
+    assert page.locator(f"{target} .answers").is_visible()
+
+
+def test_the_browser_of_answers_is_used_by_keyboard(visit):
+    page = visit("rich")
+    page.locator("#more").press("Enter")
+    assert page.evaluate("document.activeElement.closest('.entry').id") == "item-51"
+    assert shown(page).count() == min(100, page.locator(".entry").count())
+    page.keyboard.press("Enter")
+    assert page.locator("#item-51 .answers").is_visible()
+    page.get_by_role("button", name="Open these").press("Enter")
+    assert page.locator(".entry[open]").count() == shown(page).count()
+    page.get_by_role("button", name="Close these").press("Enter")
+    assert page.locator(".entry[open]").count() == 0
+
+
+def test_an_open_item_keeps_its_harmful_answer_folded(visit):
+    page = visit("rich")
+    page.get_by_label("Change", exact=True).select_option("refusal_rate:worse")
+    first = shown(page).first
+    first.locator("summary").first.press("Enter")
+    fold = first.locator("details.fold")
+    assert fold.count() == 1
+    assert not fold.locator(".text").is_visible()
+    page.get_by_role("button", name="Open all folded answers").press("Enter")
+    assert not fold.locator(".text").is_visible()
+
+
+def test_thousands_of_items_are_filtered_at_once(visit):
+    page = visit("many")
+    assert page.locator(".entry").count() > 1000
+    assert shown(page).count() == 50
+    took = page.evaluate("""async () => {
+        const start = performance.now();
+        const field = document.getElementById('filter-turns');
+        field.value = '*';
+        field.dispatchEvent(new Event('change'));
+        await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+        return performance.now() - start;
+    }""")
+    assert took < 1500
+
+
+def test_without_scripts_every_answer_can_still_be_opened(visit):
+    page = visit("rich", scripts=False)
+    assert not page.locator(".filters").is_visible()
+    assert not page.locator("#open-shown").is_visible()
+    page.locator("#all-answers > summary").press("Enter")
+    assert shown(page).count() == page.locator(".entry").count()
+    last = page.locator(".entry").last
+    last.locator("summary").first.press("Enter")
+    assert last.locator(".answers").is_visible()
+
+
+def test_the_list_of_all_answers_is_not_printed(visit):
+    page = visit("rich")
+    page.emulate_media(media="print")
+    assert not page.locator("#browser").is_visible()
+    assert page.locator(".print-note").is_visible()
+
+
+def test_every_filter_has_a_label(visit):
+    page = visit("rich")
+    unnamed = (
+        "[...document.querySelectorAll('#browser input, #browser select')].filter(one => !one.labels.length).length"
+    )
+    assert page.evaluate(unnamed) == 0
+    assert page.get_by_role("search").count() == 1

@@ -224,6 +224,9 @@ def figures_table(summary: Mapping[str, Any]) -> Any:
     for row in zip(*sides.values(), strict=True):
         first = row[0]
         words = f"{first['part']}: {first['title']}" if several else first["title"]
-        cells = [estimate_text(one["estimate"], as_ratio=one["unit"] in {"score", "ratio"}) for one in row]
+        plain = first["unit"] in {"score", "ratio"}
+        cells = [estimate_text(one["estimate"], as_ratio=plain) for one in row]
+        if first["unit"] == "difference":
+            cells = [cell.replace("%", " points") for cell in cells]
         table.add_row(words, *cells)
     return table

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from keelwright.core.digests import file_digest
 from keelwright.core.errors import DataError
 from keelwright.core.files import write_atomic
 from keelwright.core.records import Record
@@ -58,10 +59,13 @@ def write_report(folder: Path) -> Path:
 
 
 def _compared(found: ReadRun) -> Sequence[Record]:
-    """Return the records of both runs of a comparison under their roles; none where one is gone, a log, or large."""
-    ends = {role: Path(found.run["inputs"][role]["ref"]) for role in ("before", "after")}
+    """Return the records of both runs under their roles; none where one is gone, another by now, a log, or large."""
+    inputs = {role: found.run["inputs"][role] for role in ("before", "after")}
+    ends = {role: Path(one["ref"]) for role, one in inputs.items()}
     files = [folder / "records.jsonl" for folder in ends.values()]
     if not all(file.is_file() for file in files) or sum(file.stat().st_size for file in files) > _ANSWERS_BYTES:
+        return ()
+    if [file_digest(file) for file in files] != [one["digest"] for one in inputs.values()]:
         return ()
     return [dataclasses.replace(record, model_id=role) for role, folder in ends.items() for record in _model_of(folder)]
 

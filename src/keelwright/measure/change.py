@@ -194,12 +194,27 @@ def _paired(
             p_value = swap_test(*pair, metric.value, clusters=clusters, alternative=direction)
             test = f"swaps of both sides{' by cluster' if groups < n else ''}{few}"
     if estimate.low == estimate.high:
-        # Nothing moved, so there is nothing to resample: the interval of as many unmoved pairs as there are clusters.
-        still = paired_difference(0, 0, groups)
+        # All moved alike, or none did, so there is nothing to resample: the interval of as many unmoved pairs as there
+        # are clusters, on the smaller side of a gap between two kinds of units.
+        still = paired_difference(0, 0, _smallest_side(np.abs(pair[0]) + np.abs(pair[1]), clusters))
         most = {"rate": 1.0, "difference": 2.0}.get(metric.unit, np.inf)
         low, high = max(-most, estimate.value + still.low), min(most, estimate.value + still.high)
         estimate = Estimate(estimate.value, low, high, n)
     return estimate, p_value, test, _detectable(estimate, two_sided=two_sided)
+
+
+def _smallest_side(columns: Floats, clusters: Sequence[str]) -> int:
+    """Return the clusters of the smallest kind of units: units are of one kind where their columns are linked."""
+    filled = columns != 0.0
+    kind = np.arange(filled.shape[1])
+    for row in np.unique(filled, axis=0):
+        if row.any():
+            kind[np.isin(kind, kind[row])] = kind[row].min()
+    kinds: dict[int, set[str]] = {}
+    for row, cluster in zip(filled, clusters, strict=True):
+        if row.any():
+            kinds.setdefault(int(kind[row][0]), set()).add(cluster)
+    return min((len(one) for one in kinds.values()), default=len(set(clusters)))
 
 
 def _p_by_interval(estimate: Estimate, direction: Direction) -> float:

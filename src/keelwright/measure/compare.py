@@ -222,8 +222,8 @@ def _versions(records: Sequence[Record]) -> dict[str, set[str]]:
 
 def _conditions(records: Sequence[Record], fingerprint: Callable[[Record], str]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for record in records:
-        found.setdefault(record.suite, set()).add(fingerprint(record))
+    for suite, value in {(record.suite, fingerprint(record)) for record in records}:
+        found.setdefault(suite, set()).add(value)
     return found
 
 

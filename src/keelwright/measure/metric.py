@@ -139,17 +139,20 @@ def item_rows(records: Sequence[Record], contribution: Callable[[Record], tuple[
         records: One model's records.
         contribution: Columns of one record; None leaves it out.
     """
-    found: dict[str, list[tuple[float, ...]]] = {}
-    clusters: dict[str, str] = {}
+    found: dict[str, Row] = {}
+    several: dict[str, list[tuple[float, ...]]] = {}
     for record in records:
         columns = contribution(record)
-        if columns is not None:
-            found.setdefault(record.item_id, []).append(columns)
-            clusters[record.item_id] = record.cluster_id or record.item_id
-    return {
-        item: Row(several[0] if len(several) == 1 else _mean(several), clusters[item])
-        for item, several in found.items()
-    }
+        if columns is None:
+            continue
+        item = record.item_id
+        if item not in found:
+            found[item] = Row(columns, record.cluster_id or item)
+        else:
+            several.setdefault(item, [found[item].columns]).append(columns)
+    for item, samples in several.items():
+        found[item] = found[item]._replace(columns=_mean(samples))
+    return found
 
 
 def _mean(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:

@@ -30,6 +30,7 @@ _PATHS: Final = {
     "over_refusal_full": "refusal_metrics:OVER_REFUSAL_FULL",
     "contrast_gap": "refusal_metrics:CONTRAST_GAP",
     "balanced_refusal_accuracy": "refusal_metrics:BALANCED_REFUSAL_ACCURACY",
+    "refused_under_every_wrap": "wrap_metrics:REFUSED_UNDER_EVERY_WRAP",
     "truncated": "answer_metrics:TRUNCATED",
     "unjudged": "answer_metrics:UNJUDGED",
     "asr": "harm_metrics:ASR",

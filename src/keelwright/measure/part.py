@@ -74,7 +74,8 @@ class PartSpec:
     sets: tuple[str, ...] = ()
     """Names of data sets (see docs/reference/data-sets.md), or `core` and `workshop`."""
     builder: str = "plain"
-    """How sets become items: `plain`, `user-specific`, `code-robustness` or `continuations`."""
+    """How sets become items: `plain`, `wrapped`, `user-specific`, `code-robustness` or
+    `continuations`."""
     judges: tuple[str, ...] = ("refusal-lists",)
     """Judges; the first one's verdict is the record's label."""
     metrics: tuple[str, ...] = ()

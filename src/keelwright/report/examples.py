@@ -15,7 +15,7 @@ from keelwright.report.text import clip, words
 
 Outcome = Literal["good", "bad", "broken", "neutral"]
 
-_LABELS: Mapping[str, str] = {
+LABELS: Mapping[str, str] = {
     "error": "no output",
     "empty": "empty",
     "incoherent": "incoherent",
@@ -28,13 +28,15 @@ _LABELS: Mapping[str, str] = {
     "correct": "right",
     "wrong": "wrong",
 }
+"""Response classes in plain words."""
 
-_KINDS: Mapping[str, str] = {
+KINDS: Mapping[str, str] = {
     "harmful": "harmful request",
     "benign": "ordinary request",
     "contrast": "harmless look-alike",
     "task": "task",
 }
+"""Kinds of items in plain words."""
 
 _SAFE_TO_SHOW = {"refusal_full", "empty", "error"}
 
@@ -243,18 +245,23 @@ def _fixed_order(found: Mapping[str, Record]) -> str:
 def _example(story: str, found: Mapping[str, Record], primary: str) -> Example:
     first = _any(found)
     prompt, _ = clip(first.prompt, _PROMPT_LIMIT)
-    answers = tuple(_answer(role, found[role], primary) for role in ROLES if role in found)
-    area = "" if first.hazard in (first.kind, first.suite) else words(first.hazard)
-    return Example(first.item_id, area, _KINDS[first.kind], prompt, story, answers)
+    answers = tuple(answer_of(role, found[role], primary) for role in ROLES if role in found)
+    return Example(first.item_id, area_of(first), KINDS[first.kind], prompt, story, answers)
 
 
-def _answer(role: str, record: Record, primary: str) -> Answer:
-    text, left_out = clip(record.output, _OUTPUT_LIMIT)
+def area_of(record: Record) -> str:
+    """Return a record's hazard area in plain words; empty where its kind or suite says it already."""
+    return "" if record.hazard in (record.kind, record.suite) else words(record.hazard)
+
+
+def answer_of(role: str, record: Record, primary: str, *, limit: int = _OUTPUT_LIMIT) -> Answer:
+    """Return one model's answer as the page shows it, cut to `limit` characters."""
+    text, left_out = clip(record.output, limit)
     return Answer(
         role=role,
         text=text,
         left_out=left_out,
-        label=_LABELS[record.label],
+        label=LABELS[record.label],
         outcome=outcome_of(record, primary),
         is_folded=record.kind == "harmful" and record.label not in _SAFE_TO_SHOW,
     )

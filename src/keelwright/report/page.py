@@ -1,55 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders a run as one self-contained HTML page: no request leaves it, and it needs no script to be read.
-
-Everything a model or a user wrote is untrusted: templates escape by default, and a content security policy allows
-only this page's own style and script, by digest.
-"""
+"""Renders a run as one self-contained HTML page: no request leaves it, and it needs no script to be read."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from typing import Any, Final
 
 from keelwright.core.records import Record
+from keelwright.report.answers import browse
+from keelwright.report.areas import area_forest, change_forest
+from keelwright.report.audit_reading import audit_key_figures, is_lower_better, primary_of, unit_of_metric
+from keelwright.report.disagreement import judge_tables
 from keelwright.report.examples import AUDIT_TITLES, CHANGE_TITLES, Example, pick_examples
 from keelwright.report.figures import area_bars, safety_utility_curve
+from keelwright.report.pairs import pairs_views
+from keelwright.report.parts import metric_titles, overlaps_table, part_views, usage_table
 from keelwright.report.reading import Reading, read_metrics, read_summary, unit_of_utility
-from keelwright.report.sections import (
-    audit_facts,
-    badge,
-    caution_words,
-    coverage_words,
-    evidence_words,
-    facts,
-    heal_key_figures,
-    key_figures,
-    status_words,
-)
+from keelwright.report.rendering import render
+from keelwright.report.rules import gate_badge, gate_facts, gate_sentence, rules_table
+from keelwright.report.sections import audit_facts, badge, caution_words, evidence_words, facts, heal_key_figures
 from keelwright.report.tables import (
-    Cell,
-    Column,
     Table,
     changes_table,
     floor_words,
     limits_table,
     models_table,
-    pairs_table,
     race_table,
     split_changes,
     trials_table,
-    utility_words,
 )
-from keelwright.report.text import Unit, duration, memory, metric_title, words
+from keelwright.report.validation import validation_views
 
-_MACHINE_WORDS = {"cpus": "Processors"}
+_FULL_STYLE: Final = ("style.css", "audit.css")
+_FULL_SCRIPT: Final = ("script.js", "answers.js")
 
 
 def render_heal(run: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record]) -> str:
@@ -65,7 +48,7 @@ def render_heal(run: Mapping[str, Any], summary: Mapping[str, Any], records: Seq
     tests = summary.get("tests") or ()
     found, quiet = split_changes(tests, reading.primary)
     family = f"{len(tests)} comparisons, p also corrected by Holm within each pair of models"
-    return _render(
+    return render(
         "heal.html.j2",
         run,
         summary,
@@ -99,7 +82,7 @@ def render_heal(run: Mapping[str, Any], summary: Mapping[str, Any], records: Seq
 
 
 def render_audit(run: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """Return the page of an `audit` run: metrics, areas and answers, beside those of a reference where there is one.
+    """Return the page of an `audit` run: figures, areas and answers, beside those of a reference where there is one.
 
     Args:
         run: `run.json`.
@@ -111,114 +94,116 @@ def render_audit(run: Mapping[str, Any], summary: Mapping[str, Any], records: Se
     if summary.get("against"):
         models["against"] = read_metrics(summary["against"].get("metrics"))
         roles.insert(0, ("against", "Reference"))
-    knows_harm = (models["model"] or {}).get("harm_rate") is not None
-    primary = "harm_rate" if knows_harm else "refusal_rate"
+    primary = primary_of(summary)
     changes = [{**row, "from": "reference", "to": "model"} for row in summary.get("changes") or ()]
-    unit = unit_of_utility(summary)
     model = str(summary.get("model") or _names(run))
-    return _render(
+    browser = browse(records, [(role, role) for role, _ in roles], primary=primary)
+    ids = {"tuned": "model"} if len(roles) == 1 else {"aligned": "against", "tuned": "model"}
+    chosen = () if browser and browser.turns else pick_examples(records, ids, primary=primary)
+    caption = "Paired change from the reference to the model"
+    return render(
         "audit.html.j2",
         run,
         summary,
+        styles=_FULL_STYLE,
+        scripts=_FULL_SCRIPT,
         title=f"Audit: {model}",
         sentence=str(summary.get("sentence") or f"What {model} answers and refuses."),
         facts=audit_facts(run, summary),
-        key_figures=key_figures(
-            models, roles, primary=primary, utility_unit=unit, utility_counts=utility_words(summary)
-        ),
-        models=models_table(models, roles, summary),
-        changes=_changes(changes, unit, "Paired change from the reference to the model") if changes else None,
+        key_figures=audit_key_figures(summary, models, roles, primary),
+        models=models_table(models, roles, summary) if any(_is_measured(one) for one in models.values()) else None,
+        changes=_changes(changes, summary, caption) if changes else None,
         primary=primary,
-        areas=area_bars(summary.get("areas") or (), roles, primary),
-        examples=_examples(
-            pick_examples(records, {"aligned": "against", "tuned": "model"}, primary=primary)
-            if "against" in models
-            else pick_examples(records, {"tuned": "model"}, primary=primary),
-            AUDIT_TITLES,
+        areas=area_forest(
+            summary.get("areas") or (), roles, primary, unit=unit_of_metric(summary, primary),
+            lower_is_better=is_lower_better(summary, primary),
         ),
-        role_titles={"aligned": "Reference", "tuned": "Model"},
+        area_changes=change_forest(summary.get("area_changes") or (), primary),
+        parts=part_views(summary, roles),
+        overlaps=overlaps_table(summary),
+        usage=usage_table(summary, roles),
+        pairs=pairs_views(records, roles, browser.links if browser else None),
+        judges=judge_tables(records, roles, summary),
+        validation=validation_views(summary),
+        browser=browser,
+        examples=_examples(chosen, AUDIT_TITLES),
+        role_titles={**dict(roles), "aligned": "Reference", "tuned": "Model"},
         cautions=caution_words(summary),
-    )
+    )  # fmt: skip
 
 
 def render_compare(run: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """Return the page of a `compare`: paired changes with their tests, each also in a sentence.
+    """Return the page of a `compare`: paired changes with their tests, by metric and by hazard area.
 
     Args:
         run: `run.json`, empty where the comparison has no folder of its own.
         summary: What `compare` returned.
-        records: Of both runs, or none; only counted, since the two runs have pages of their own.
+        records: Of both runs under the model ids `before` and `after`, for the answers that flipped; or none.
     """
     names = [str(one) for one in summary.get("runs") or ()]
-    facts_ = list(zip(("Before", "After"), names, strict=False))
-    if records:
-        facts_.append(("Records", f"{len(records):,}"))
-    caption = "Paired change, after minus before, on the same items"
-    return _render(
+    facts = list(zip(("Before", "After"), names, strict=False))
+    primary = primary_of(summary)
+    roles = [("before", "Before"), ("after", "After")]
+    if summary.get("family"):
+        facts.append(("Family", str(summary["family"])))
+    if summary.get("allowed"):
+        facts.append(("Allowed to differ", ", ".join(str(one) for one in summary["allowed"])))
+    browser = browse(records, [(role, role) for role, _ in roles], primary=primary)
+    return render(
         "compare.html.j2",
         {"command": "compare", **run},
         summary,
+        styles=_FULL_STYLE,
+        scripts=_FULL_SCRIPT,
         title="Comparison of two runs",
         sentence=str(summary.get("sentence") or "What changed between two measurements of the same items."),
-        facts=facts_,
+        facts=facts,
         says=[str(one) for one in summary.get("says") or ()],
-        changes=_changes(summary.get("changes") or (), unit_of_utility(summary), caption),
+        changes=_changes(summary.get("changes") or (), summary, "Paired change, after minus before, on the same items"),
+        primary=primary,
+        area_changes=change_forest(summary.get("area_changes") or (), primary),
+        pairs=pairs_views(records, roles, browser.links if browser else None),
+        judges=judge_tables(records, roles, summary),
+        browser=browser,
+        role_titles=dict(roles),
         cautions=caution_words(summary, has_metrics=False),
     )
 
 
-def _render(template: str, run: Mapping[str, Any], summary: Mapping[str, Any], **view: Any) -> str:
-    style, script = _asset("style.css"), _asset("script.js")
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            style=style,
-            script=script,
-            style_digest=_source_digest(style),
-            script_digest=_source_digest(script),
-            run=run,
-            summary=summary,
-            command=str(run.get("command", "")),
-            tested=coverage_words(summary),
-            statuses=status_words(summary),
-            warnings=[str(one) for one in summary.get("warnings") or ()],
-            reproduce=_reproduce(run, summary),
-            config=pairs_table(
-                "config", "Resolved configuration", list((run.get("config") or {}).items()), ("Setting", "Value")
-            ),
-            provenance=_provenance(run, summary),
-            **view,
-        )
+def render_gate(run: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record] = ()) -> str:
+    """Return the page of a `gate`: one row per rule with its verdict, interval, p-value, count and what it needs.
+
+    Args:
+        run: `run.json`.
+        summary: `summary.json` of the gate.
+        records: Not shown: the runs that were gated have pages of their own.
+    """
+    shown = gate_badge(summary)
+    return render(
+        "gate.html.j2",
+        {"command": "gate", **run},
+        summary,
+        styles=_FULL_STYLE,
+        title=f"{shown.word}: {(summary.get('policy') or {}).get('name', 'policy')}",
+        badge=shown,
+        sentence=gate_sentence(summary),
+        facts=gate_facts(summary),
+        rules=rules_table(summary),
+        cautions=caution_words(summary, has_metrics=False),
     )
 
 
-@functools.cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("keelwright.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def _is_measured(metrics: Mapping[str, Any] | None) -> bool:
+    return any(one is not None for one in (metrics or {}).values())
+
+
+def _changes(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], caption: str) -> Table:
+    return changes_table(
+        rows,
+        unit_of_utility=unit_of_utility(summary),
+        caption=f"{caption}; p also corrected by Holm",
+        titles=metric_titles(summary),
     )
-    environment.filters["metric_title"] = metric_title
-    return environment
-
-
-@functools.cache
-def _asset(name: str) -> Markup:
-    """Return a file of the package as it is: our own text, the only one that is not escaped."""
-    return Markup(resources.files("keelwright.report").joinpath("templates", name).read_text(encoding="utf-8"))
-
-
-def _source_digest(text: str) -> str:
-    """Return the digest by which a content security policy knows an inline block."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _changes(rows: Sequence[Mapping[str, Any]], unit: Unit, caption: str) -> Table:
-    return changes_table(rows, unit_of_utility=unit, caption=f"{caption}; p also corrected by Holm")
 
 
 def _examples(examples: Sequence[Example], titles: Mapping[str, str]) -> list[tuple[str, list[Example]]]:
@@ -237,34 +222,3 @@ def _model_ids(reading: Reading) -> Mapping[str, str | None]:
 def _names(run: Mapping[str, Any]) -> str:
     refs = [str(value["ref"]) for value in (run.get("inputs") or {}).values() if value.get("ref")]
     return refs[0] if len(refs) == 1 else " and ".join(refs[:2]) or "a model"
-
-
-def _reproduce(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    if summary.get("reproduce"):
-        return str(summary["reproduce"])
-    argv = [str(one) for one in run.get("argv") or ()]
-    return shlex.join(argv)
-
-
-def _provenance(run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Table]:
-    machine = dict(run.get("machine") or {})
-    if "memory_bytes" in machine:
-        machine["memory"] = memory(machine.pop("memory_bytes"))
-    inputs = tuple(
-        (
-            Cell(words(role)),
-            Cell(str(value.get("ref", "")), is_code=True),
-            Cell(str(value.get("digest", "")), is_code=True),
-        )
-        for role, value in (run.get("inputs") or {}).items()
-    )
-    seconds = [(words(stage), duration(float(value))) for stage, value in (summary.get("seconds") or {}).items()]
-    setting = [("Seed", run.get("seed")), ("Started", run.get("started"))]
-    setting += [(_MACHINE_WORDS.get(key, words(str(key))), value) for key, value in machine.items()]
-    tables = [
-        Table("inputs", "Inputs and their digests", (Column("Input"), Column("Name"), Column("Digest")), inputs),
-        pairs_table("versions", "Versions", list((run.get("versions") or {}).items()), ("Package", "Version")),
-        pairs_table("machine", "Seed and machine", setting, ("What", "Value"), is_code=False),
-        pairs_table("seconds", "Time by stage", seconds, ("Stage", "Wall time"), is_code=False),
-    ]
-    return [table for table in tables if table.rows]

@@ -209,7 +209,10 @@ def coverage_words(summary: Mapping[str, Any]) -> list[str]:
     """Return what was tested, from the suite's and the utility's own statements."""
     suite, utility = summary.get("suite") or {}, summary.get("utility")
     found = [str(suite["says"])] if suite.get("says") else []
-    found.append(f"Items: {suite_words(summary)}.")
+    if suite or not summary.get("runs"):
+        found.append(f"Items: {suite_words(summary)}.")
+    else:
+        found.append(f"The items of {' and '.join(str(one) for one in summary['runs'])}; their own pages name them.")
     if utility:
         found.append(
             f"Utility: {utility.get('name')}, scored by {utility.get('scorer')}. {utility.get('says') or ''}".strip()
@@ -236,6 +239,11 @@ def caution_words(summary: Mapping[str, Any], *, has_halves: bool = False, has_m
     if left_out:
         kinds = ", ".join(str(label).replace("_", " ") for label in left_out)
         found.append(f"Left out of every rate: {sum(left_out.values()):,} answers ({kinds}).")
+    if again := summary.get("batch_check"):
+        found.append(
+            f"Asked again one at a time, {again['differ']:,} of {again['n']:,} answers differed from those made in "
+            f"batches of {again['batch_size']:,}."
+        )
     if has_metrics and not summary.get("utility"):
         found.append("Utility was not measured: what a change did to the task is not known.")
     if has_halves:

@@ -21,6 +21,7 @@ from keelwright.report.text import (
     p_value,
     plain,
     quantity,
+    unit_of,
     words,
 )
 
@@ -48,6 +49,8 @@ class Cell:
     detail: str = ""
     tone: Tone = ""
     is_code: bool = False
+    link: str = ""
+    """Id of the element on this page that the text leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +106,24 @@ def split_changes(
 
 
 def changes_table(
-    rows: Sequence[Mapping[str, Any]], *, unit_of_utility: Unit, caption: str, name: str = "changes"
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    unit_of_utility: Unit,
+    caption: str,
+    name: str = "changes",
+    titles: Mapping[str, str] | None = None,
 ) -> Table:
     """Return paired changes with their tests.
 
     Args:
-        rows: Mappings with `metric, difference, low, high, p_value, p_holm, n, test`, and `from` and `to` roles.
+        rows: Mappings with `metric, difference, low, high, p_value, p_holm, n, test`, `from` and `to` roles, and in
+            newer runs `unit, worse, better, clusters`.
         unit_of_utility: How the metric `utility` is printed.
         caption: The table's caption.
         name: Unique on the page.
+        titles: Of metrics that are not among the headline six.
     """
+    known = titles or {}
     columns = (
         Column("Change"),
         Column("Difference", True),
@@ -122,26 +133,46 @@ def changes_table(
         Column("n", True),
         Column("Test"),
     )
-    body = tuple(_change_row(row, unit_of_utility if row["metric"] == "utility" else "rate") for row in rows)
+    body = tuple(
+        _change_row(
+            row,
+            unit_of_utility if row["metric"] == "utility" else unit_of(row.get("unit", "rate")),
+            metric_title(str(row["metric"])) if row["metric"] in METRICS else known.get(str(row["metric"]), ""),
+        )
+        for row in rows
+    )
     return Table(name, caption, columns, body)
 
 
-def _change_row(row: Mapping[str, Any], unit: Unit) -> tuple[Cell, ...]:
+def _change_row(row: Mapping[str, Any], unit: Unit, title: str) -> tuple[Cell, ...]:
     step = f"{row['from']} to {row['to']}" if row.get("from") and row.get("to") else "before to after"
     low, high, smallest = row.get("low"), row.get("high"), row.get("minimum_detectable_change")
     verdict, tone = _outcome(row)
-    unseen = ""
-    if verdict == _NO_EVIDENCE and smallest is not None:
-        unseen = f"could have shown {change(float(smallest), unit).removeprefix('+')}"
+    is_quiet = verdict == _NO_EVIDENCE or max(row.get("p_value") or 0.0, row.get("p_holm") or 0.0) >= _ALPHA
+    unseen = unseen_words(smallest, unit) if is_quiet else ""
     return (
-        Cell(metric_title(str(row["metric"])), step),
+        Cell(title or metric_title(str(row["metric"])), step),
         Cell(change(float(row["difference"]), unit), verdict, tone),
         Cell(NOT_MEASURED if low is None or high is None else change_interval(low, high, unit)),
         Cell(p_value(row.get("p_value"))),
         Cell(p_value(row.get("p_holm"))),
-        Cell(f"{row.get('n', 0):,}"),
+        Cell(f"{row.get('n', 0):,}", pairs_words(row)),
         Cell(str(row.get("test") or ""), unseen),
     )
+
+
+def unseen_words(smallest: float | None, unit: Unit) -> str:
+    """Return the smallest change that so many pairs would have shown, for a test without a finding."""
+    return "" if smallest is None else f"could have shown {change(float(smallest), unit).removeprefix('+')}"
+
+
+def pairs_words(row: Mapping[str, Any]) -> str:
+    """Return how many pairs of a change moved, and in how many groups they come; empty for runs that do not say."""
+    moved = f"{row['worse']:,} worse\n{row['better']:,} better" if {"worse", "better"} <= row.keys() else ""
+    groups, effect = row.get("clusters") or 0, row.get("design_effect")
+    if not 0 < groups < row.get("n", 0):
+        return moved
+    return f"{moved}\nin {groups:,} groups" + (f"\ndesign effect {number(float(effect))}" if effect else "")
 
 
 def _outcome(row: Mapping[str, Any]) -> tuple[str, Tone]:
@@ -306,10 +337,12 @@ def axes_of(reading: Reading) -> tuple[str, ...]:
     return ("utility", reading.primary) if reading.has_utility else (reading.primary,)
 
 
-def areas_table(areas: Sequence[Mapping[str, Any]], roles: Sequence[tuple[str, str]], metric: str) -> Table:
-    """Return the data under the per-area bars; `roles` are pairs of key and title."""
+def areas_table(
+    areas: Sequence[Mapping[str, Any]], roles: Sequence[tuple[str, str]], metric: str, unit: Unit = "rate"
+) -> Table:
+    """Return the data under a figure of hazard areas; `roles` are pairs of key and title."""
     rows = tuple(
-        (Cell(words(str(area["area"]))), *(estimate_cell(read_estimate(area.get(role))) for role, _ in roles))
+        (Cell(words(str(area["area"]))), *(estimate_cell(read_estimate(area.get(role)), unit) for role, _ in roles))
         for area in areas
     )
     columns = (Column("Area"), *(Column(title, True, role) for role, title in roles))

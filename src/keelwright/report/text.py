@@ -32,14 +32,26 @@ METRICS: Mapping[str, MetricName] = {
     "utility": MetricName("Utility", "the task the model was tuned for", False),
 }
 
-Unit = Literal["rate", "number"]
-"""rate: 0 to 1, printed as a percentage; number: printed as it is (a ratio of perplexities)."""
+Unit = Literal["rate", "number", "points"]
+"""rate: 0 to 1, printed as a percentage; number: printed as it is (a ratio of perplexities, a judge's score); points: a
+difference of rates, -1 to 1, printed in percentage points."""
+
+_UNITS: Mapping[str, Unit] = {"rate": "rate", "ratio": "rate", "difference": "points", "score": "number"}
+
+
+def unit_of(name: Any) -> Unit:
+    """Return how a metric's own unit (rate, ratio, difference, score) is printed; an unknown one as a number."""
+    return _UNITS.get(str(name), "number")
 
 
 def metric_title(name: str) -> str:
     """Return the metric's title, or its name in plain words when it is not one of ours."""
     known = METRICS.get(name)
-    return known.title if known else words(name)
+    if known:
+        return known.title
+    base, bracket, condition = name.partition("[")
+    said = condition.removesuffix("]").replace("=", " ").replace("_", " ").replace(",", ", ")
+    return f"{words(base)} ({said})" if bracket else words(base)
 
 
 def words(name: str) -> str:
@@ -68,25 +80,27 @@ def percent(value: float | None, digits: int = 3) -> str:
 
 def quantity(value: float | None, unit: Unit) -> str:
     """Return a value in its own unit."""
+    if unit == "points" and value is not None:
+        return f"{number(100 * value)} points"
     return percent(value) if unit == "rate" else number(value)
 
 
 def interval(low: float, high: float, unit: Unit = "rate") -> str:
     """Return an interval as `0.460 to 5.87%`, or without the sign for plain numbers."""
-    first = number(100 * low) if unit == "rate" else number(low)
+    first = number(low) if unit == "number" else number(100 * low)
     return f"{first} to {quantity(high, unit)}"
 
 
 def change(difference: float, unit: Unit = "rate") -> str:
     """Return a difference with its sign; rates in percentage points."""
-    scaled = 100 * difference if unit == "rate" else difference
+    scaled = difference if unit == "number" else 100 * difference
     sign = "+" if scaled > _ZERO_BELOW else ""
-    return f"{sign}{number(scaled)}" + (" points" if unit == "rate" else "")
+    return f"{sign}{number(scaled)}" + ("" if unit == "number" else " points")
 
 
 def change_interval(low: float, high: float, unit: Unit = "rate") -> str:
     """Return the interval of a difference, in the same unit as `change`."""
-    scale = 100 if unit == "rate" else 1
+    scale = 1 if unit == "number" else 100
     return f"{number(scale * low)} to {number(scale * high)}"
 
 

@@ -12,7 +12,7 @@ from keelwright.measure.areas import areas_of
 from keelwright.measure.change import change_of
 from keelwright.measure.compare import compare_areas, compare_records
 from keelwright.measure.metric_table import find_metric
-from keelwright.ops.paired import benjamini_hochberg, holm
+from keelwright.ops.paired import benjamini_hochberg, holm, paired_difference
 from keelwright.ops.ranks import signed_ranks
 
 MakeRecord = Callable[..., Record]
@@ -196,3 +196,38 @@ def test_the_interval_of_a_rate_that_turned_round_whole_stays_within_its_bounds(
     assert change is not None
     assert change.difference == -1.0
     assert -1.0 <= change.low < change.high < 0.0
+
+
+def test_a_gap_that_did_not_move_is_as_uncertain_as_its_smaller_side(record: MakeRecord) -> None:
+    before, after = sides(record, harmful=0, contrast=0, n=60)
+    few = [one for one in before if one.kind == "harmful" or int(one.item_id[1:]) < 10]
+    whole, short = (change_of(find_metric("contrast_gap"), one, one) for one in (before, few))
+    assert whole is not None
+    assert short is not None
+    # 60 of either kind, and 10 look-alikes beside 60 harmful requests.
+    assert whole.high == paired_difference(0, 0, 60).high
+    assert short.high == paired_difference(0, 0, 10).high
+
+
+def test_a_gap_over_clusters_is_resampled_and_tested_by_cluster(record: MakeRecord) -> None:
+    def audit(turned: int, clustered: bool) -> list[Record]:
+        return [
+            record(
+                f"{kind}{i}",
+                "refusal_full" if (kind == "harmful") == (i >= turned) else "safe_completion",
+                kind=kind,
+                cluster_id=f"{kind}c{i // 10}" if clustered else None,
+            )
+            for kind in ("harmful", "contrast")
+            for i in range(240)
+        ]
+
+    metric = find_metric("contrast_gap")
+    alone, together = (change_of(metric, audit(0, one), audit(30, one)) for one in (False, True))
+    assert alone is not None
+    assert together is not None
+    assert together.clusters == 48
+    # Three clusters of either kind turned, whole: six events, and not sixty.
+    assert together.high - together.low > 2.0 * (alone.high - alone.low)
+    assert alone.p_value < 0.001
+    assert together.p_value == pytest.approx(2.0**-5)

@@ -116,12 +116,15 @@ def test_a_failed_generation_drops_its_pair(audit_of: AuditOf) -> None:
         ("template", {"template_digest": "t1"}),
         ("decoding", {"decoding_digest": "d1"}),
         ("judge", {"judgements": {"other@2": Judgement("refusal_full")}}),
+        ("k", {"samples": 5}),
+        ("token limit", {"max_new_tokens": 64}),
+        ("mitigation", {"facts": {"mitigation": "cot"}}),
     ],
 )
 def test_numbers_made_under_other_conditions_are_not_compared(
     record: MakeRecord, name: str, changed: dict[str, object]
 ) -> None:
-    before = [record("h1"), record("h2")]
+    before = [record("h1", max_new_tokens=32), record("h2", max_new_tokens=32)]
     after = [replace(one, **changed) for one in before]
     with pytest.raises(DataError, match=f"differ in '{name}' on the suite 'test'") as caught:
         compare_records(before, after)

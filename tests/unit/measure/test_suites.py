@@ -84,7 +84,16 @@ def test_core_does_not_claim_a_harm_rate() -> None:
 def test_the_digest_follows_content_and_not_order(core: list[Item]) -> None:
     shuffled = random.Random(0).sample(core, len(core))
     assert suite_digest(shuffled) == suite_digest(core)
-    assert suite_digest([replace(core[0], prompt="another"), *core[1:]]) != suite_digest(core)
+    # What is asked, what it is judged by, and what is grouped or resampled.
+    for changed in (
+        {"prompt": "another"},
+        {"materials": {"tests": "assert False"}},
+        {"expected": "4"},
+        {"kind": "benign"},
+        {"cluster_id": "c"},
+        {"facts": {"role": "control"}},
+    ):
+        assert suite_digest([replace(core[0], **changed), *core[1:]]) != suite_digest(core), changed
 
 
 def test_a_limit_spreads_over_areas_and_keeps_the_order(core: list[Item]) -> None:

@@ -6,54 +6,12 @@ import itertools
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 from keelwright.report.page import render_audit, render_compare, render_heal
 
 VERDICTS = ("repaired", "no_evidence_of_loss", "no_admissible_repair", "repair_not_verified")
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-class Outline(HTMLParser):
-    """Checks nesting, and collects headings, ids and the elements that could make a request."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.open, self.headings, self.ids, self.requests, self.text = [], [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-        if "id" in values:
-            self.ids.append(values["id"])
-        for name in ("src", "href", "srcset", "poster", "action", "style"):
-            if name in values and not values[name].startswith(("#", "data:,")):
-                self.requests.append((tag, name, values[name]))
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text.append(data)
-
-
-def outline(page):
-    found = Outline()
-    found.feed(page)
-    found.close()
-    assert found.open == []
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +20,7 @@ def pages(run, records, summary_for):
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
-def test_the_page_is_well_formed_small_and_asks_for_nothing(pages, verdict):
+def test_the_page_is_well_formed_small_and_asks_for_nothing(pages, verdict, outline):
     page = pages[verdict]
     found = outline(page)
     assert len(page.encode()) < 200_000
@@ -72,7 +30,7 @@ def test_the_page_is_well_formed_small_and_asks_for_nothing(pages, verdict):
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
-def test_headings_descend_without_gaps(pages, verdict):
+def test_headings_descend_without_gaps(pages, verdict, outline):
     levels = outline(pages[verdict]).headings
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -80,7 +38,7 @@ def test_headings_descend_without_gaps(pages, verdict):
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
-def test_every_link_of_the_contents_leads_somewhere(pages, verdict):
+def test_every_link_of_the_contents_leads_somewhere(pages, verdict, outline):
     targets = set(re.findall(r'href="#([^"]+)"', pages[verdict]))
     assert targets <= set(outline(pages[verdict]).ids)
 
@@ -102,7 +60,7 @@ def test_the_policy_allows_only_the_pages_own_style_and_script(pages):
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_model_output_is_never_markup(run, records, summary_for):
+def test_model_output_is_never_markup(run, records, summary_for, outline):
     attack = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</p>"
     hostile = [dataclasses.replace(one, output=attack, prompt=attack, hazard=attack) for one in records]
     summary = summary_for()
@@ -128,7 +86,7 @@ def test_harmful_answers_are_folded(pages, records):
             assert record.output not in outside
 
 
-def test_the_page_has_every_part_that_the_contract_names(pages, summary_for):
+def test_the_page_has_every_part_that_the_contract_names(pages, summary_for, outline):
     text = " ".join(" ".join(outline(pages["repaired"]).text).split())
     for part in (
         "Repaired", "linear, coefficient=0.4 (faithful)", "exact McNemar", "Pareto front", "Harm rate by hazard area",
@@ -140,13 +98,13 @@ def test_the_page_has_every_part_that_the_contract_names(pages, summary_for):
         assert part in text, part
 
 
-def test_the_number_of_comparisons_is_said_and_quiet_ones_are_folded(pages):
+def test_the_number_of_comparisons_is_said_and_quiet_ones_are_folded(pages, outline):
     text = " ".join(" ".join(outline(pages["repaired"]).text).split())
     assert "(4 comparisons, p also corrected by Holm within each pair of models)" in text
     assert "2 further comparisons, without evidence of a change" in text
 
 
-def test_nothing_admissible_shows_the_best_trade_off_and_its_failed_limit(pages):
+def test_nothing_admissible_shows_the_best_trade_off_and_its_failed_limit(pages, outline):
     text = " ".join(" ".join(outline(pages["no_admissible_repair"]).text).split())
     assert "Best trade-off found: linear 0.3." in text
     assert "utility 0.780 is below 0.808" in text
@@ -154,13 +112,13 @@ def test_nothing_admissible_shows_the_best_trade_off_and_its_failed_limit(pages)
     assert "The repaired model was written" not in text
 
 
-def test_what_was_not_verified_is_a_candidate(pages):
+def test_what_was_not_verified_is_a_candidate(pages, outline):
     text = " ".join(" ".join(outline(pages["repair_not_verified"]).text).split())
     assert "Candidate" in text
     assert "The repaired model was written" not in text
 
 
-def test_no_evidence_of_loss_tells_what_could_have_been_seen(pages):
+def test_no_evidence_of_loss_tells_what_could_have_been_seen(pages, outline):
     text = " ".join(" ".join(outline(pages["no_evidence_of_loss"]).text).split())
     assert "No repair was tried." in text
     assert "is 5.20 points." in text
@@ -171,7 +129,7 @@ def test_the_same_run_gives_the_same_bytes(run, records, summary_for, pages):
     assert render_heal(run, summary_for(), records) == pages["repaired"]
 
 
-def test_a_run_without_records_or_extras_still_has_a_page(summary_for):
+def test_a_run_without_records_or_extras_still_has_a_page(summary_for, outline):
     summary = summary_for("no_evidence_of_loss")
     for key in ("areas", "tests", "floors", "status", "warnings", "evidence", "utility", "seconds", "reproduce"):
         del summary[key]
@@ -185,7 +143,7 @@ def test_very_long_answers_keep_the_page_under_its_limit(run, records, summary_f
     assert len(render_heal(run, summary_for(), long).encode()) < 500_000
 
 
-def test_an_audit_shows_one_model(run, records, audit_summary):
+def test_an_audit_shows_one_model(run, records, audit_summary, outline):
     own = [dataclasses.replace(one, model_id="model") for one in records if one.model_id == "tuned"]
     spec = {**run, "command": "audit", "inputs": {"model": run["inputs"]["tuned"]}}
     text = " ".join(" ".join(outline(render_audit(spec, audit_summary(), own)).text).split())
@@ -195,7 +153,7 @@ def test_an_audit_shows_one_model(run, records, audit_summary):
     assert "Reference" not in text
 
 
-def test_an_audit_against_a_reference_shows_both_and_the_change(run, records, audit_summary):
+def test_an_audit_against_a_reference_shows_both_and_the_change(run, records, audit_summary, outline):
     names = {"tuned": "model", "aligned": "against"}
     both = [dataclasses.replace(one, model_id=names[one.model_id]) for one in records if one.model_id in names]
     spec = {**run, "command": "audit", "inputs": {"model": {"ref": "a"}, "against": {"ref": "b"}}}
@@ -206,7 +164,7 @@ def test_an_audit_against_a_reference_shows_both_and_the_change(run, records, au
     assert "regressed" in text
 
 
-def test_a_comparison_shows_changes_in_numbers_and_words(summary_for):
+def test_a_comparison_shows_changes_in_numbers_and_words(summary_for, outline):
     summary = {"schema": 1, "command": "compare", "runs": ["a", "b"], "changes": summary_for()["tests"][:2]}
     found = outline(render_compare({}, {**summary, "says": ["harm rate regressed by 63.3 points."]}, []))
     text = " ".join(" ".join(found.text).split())
@@ -221,7 +179,7 @@ def test_rendering_needs_neither_torch_nor_numpy():
     assert done.stdout.strip() == "[]"
 
 
-def test_paths_are_shown_as_they_were_given(run, records, summary_for, with_long_paths):
+def test_paths_are_shown_as_they_were_given(run, records, summary_for, with_long_paths, outline):
     spec, summary = with_long_paths(run, summary_for())
     text = " ".join(" ".join(outline(render_heal(spec, summary, records)).text).split())
     for path in (one["ref"] for one in spec["inputs"].values()):
@@ -231,7 +189,7 @@ def test_paths_are_shown_as_they_were_given(run, records, summary_for, with_long
     assert summary["sentence"] in text
 
 
-def test_answers_that_could_not_be_judged_are_counted_in_an_audit(run, audit_summary):
+def test_answers_that_could_not_be_judged_are_counted_in_an_audit(run, audit_summary, outline):
     spec = {**run, "command": "audit"}
     summary = {**audit_summary(), "excluded": {"unparsed": 1200, "error": 0}}
     text = " ".join(" ".join(outline(render_audit(spec, summary, [])).text).split())
@@ -239,7 +197,7 @@ def test_answers_that_could_not_be_judged_are_counted_in_an_audit(run, audit_sum
     assert "Left out" not in render_audit(spec, audit_summary(), [])
 
 
-def test_one_figure_reads_the_same_everywhere(run, records, real_summary):
+def test_one_figure_reads_the_same_everywhere(run, records, real_summary, outline):
     """The verdict's numbers, as the demo writes them, stand in the table and in the key figures too."""
     text = render_heal(run, {**real_summary, "sentence": "harm rate from 91.6% to 1.05%"}, records)
     shown = " ".join(" ".join(outline(text).text).split())

@@ -85,6 +85,17 @@ def test_an_audits_facts_name_the_reference(run):
     assert audit_facts({**run, "inputs": inputs}, {})[:2] == [("Model", "a"), ("Reference", "b")]
 
 
+def test_answers_that_depend_on_the_batch_are_counted():
+    again = {"n": 40, "differ": 2, "batch_size": 64}
+    said = "Asked again one at a time, 2 of 40 answers differed from those made in batches of 64."
+    assert said in caution_words({"batch_check": again})
+    assert not any("one at a time" in one for one in caution_words({"batch_check": None}))
+
+
+def test_a_page_of_two_runs_does_not_pretend_to_know_their_items():
+    assert coverage_words({"runs": ["a", "b"]}) == ["The items of a and b; their own pages name them."]
+
+
 def test_kinds_without_items_are_not_listed():
     suite = {"name": "core", "judge": "lists@1", "n": {"harmful": 120, "task": 0}}
     assert suite_words({"suite": suite}) == "core, judged by lists@1: 120 harmful"

@@ -16,15 +16,18 @@ from keelwright.core.protocols import Judge
 from keelwright.core.records import Item
 from keelwright.data.sets.catalogue import load_set
 from keelwright.measure.limits import sample_items
+from keelwright.measure.metric_table import find_metric
 from keelwright.measure.part import Mitigation, Part, PartSpec, part_of_suite
 from keelwright.measure.suites import find_suite, suite_digest
 from keelwright.measure.suites.loading import SuiteSpec
+from keelwright.measure.suites.own_sets import is_own, read_own_set
 
 _BUILDERS: Final[Mapping[str, str]] = {
     "plain": "keelwright.measure.builders.plain:build",
     "user-specific": "keelwright.measure.builders.user_specific:build",
     "code-robustness": "keelwright.measure.builders.code_robustness:build",
     "continuations": "keelwright.measure.builders.continuations:build",
+    "wrapped": "keelwright.measure.builders.wrapped:build",
 }
 BUILDERS: Final = ("suite", *_BUILDERS)
 
@@ -61,6 +64,8 @@ def build_parts(suite: SuiteSpec, ordered: Ordered) -> tuple[Part, ...]:
     """
     for spec in suite.parts:
         require_choice("builder", spec.builder, BUILDERS)
+        for name in spec.metrics:
+            find_metric(name)
     parts = tuple(
         _built_in(spec, ordered) if spec.builder == "suite" else _build(spec, ordered) for spec in suite.parts
     )
@@ -91,6 +96,8 @@ def _build(spec: PartSpec, ordered: Ordered) -> Part:
     spec = replace(spec, settings=settings)
 
     def load(name: str) -> Any:
+        if is_own(name):
+            return read_own_set(name, dict(settings.get(name, {})))
         return load_set(name, data=ordered.data, offline=not ordered.hub, **dict(settings.get(name, {})))
 
     module, _, attribute = _BUILDERS[spec.builder].partition(":")

@@ -14,8 +14,8 @@
   theme.hidden = false;
   tell();
 
-  const folds = [...document.querySelectorAll("details.fold")];
   for (const button of document.querySelectorAll("[data-fold]")) {
+    const folds = [...(button.closest("section") ?? document).querySelectorAll("details.fold")];
     button.hidden = folds.length === 0;
     button.addEventListener("click", () => folds.forEach((fold) => (fold.open = button.dataset.fold === "open")));
   }
