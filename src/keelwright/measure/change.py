@@ -21,7 +21,7 @@ import numpy as np
 from keelwright.core.errors import DataError
 from keelwright.core.records import Estimate, Record
 from keelwright.measure.metric import Floats, Metric, Row, dependence, is_binomial
-from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, design_effect, paired_bootstrap
+from keelwright.ops.bootstrap import FEW_CLUSTERS, cluster_permutation, design_effect
 from keelwright.ops.intervals import normal_quantile, two_sided_z
 from keelwright.ops.paired import mcnemar_exact, minimum_detectable_change, paired_difference
 from keelwright.ops.ranks import signed_ranks
@@ -182,7 +182,7 @@ def _paired(
         p_value = max(*swaps, _p_by_interval(estimate, direction))
         test = f"both clusters: largest p of swaps by either and of the crossed bootstrap{few}"
     elif binomial:
-        estimate = paired_bootstrap(pair[0][:, 0], pair[1][:, 0], clusters=clusters)
+        estimate = paired_statistic(*pair, metric.value, clusters=clusters)
         p_value = cluster_permutation(pair[1][:, 0] - pair[0][:, 0], clusters, alternative=direction)
         test = f"sign flips by cluster{few}"
     else:

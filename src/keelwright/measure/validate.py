@@ -246,10 +246,14 @@ def _kappa(
     weights: Weights = "nominal",
     seed: int,
 ) -> Estimate | None:
-    """Return kappa with its interval; None where chance explains everything, or nothing can be resampled."""
+    """Return kappa with its interval; None where chance explains everything, or too little can be resampled."""
     if len(truth) < 2 or len({*truth, *said}) < 2:
         return None
-    return kappa_interval(truth, said, categories=classes, weights=weights, seed=seed)
+    try:
+        return kappa_interval(truth, said, categories=classes, weights=weights, seed=seed)
+    except DataError:
+        # So few labels of one class that many resamples have none of it: there is no interval to show, so no figure.
+        return None
 
 
 def _corrected(found: Agreement, audit: Sequence[bool] | None, seed: int) -> Agreement:
@@ -259,7 +263,7 @@ def _corrected(found: Agreement, audit: Sequence[bool] | None, seed: int) -> Agr
         if found.sensitivity is None or found.specificity is None:
             raise ConfigError("The labels lack one class, so the judge's errors are not known.")
         corrected = rogan_gladen_interval(audit, found.counts, seed=seed)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         return dataclasses.replace(found, not_corrected=error.problem)
     return dataclasses.replace(found, corrected=corrected)
 

@@ -19,7 +19,7 @@ from keelwright.core.config import require_choice, require_in_range
 from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.records import Estimate
 from keelwright.core.seeds import derive_seed
-from keelwright.ops.intervals import wilson
+from keelwright.ops.intervals import wilson, zero_events_upper
 from keelwright.ops.resampling import (
     Floats,
     Interval,
@@ -160,7 +160,7 @@ def kappa_interval(
         confidence=confidence,
         seed=seed,
     )
-    if found.low < found.high:
+    if found.low < found.high or found.value < 1.0:
         return found
     # Every pair agrees, so that there is nothing to resample: as many may differ as the bound after no event allows.
     most = zero_events_upper(len(cells) if clusters is None else len(set(clusters)), confidence=confidence)
@@ -268,7 +268,7 @@ def rogan_gladen_interval(
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "judge error")))
     drawn = resampled_sums(groups, resamples, rng)
     seen = drawn[:, 0] / drawn[:, 1]
-    if np.ptp(seen) == 0.0 and value in (0.0, 1.0):
+    if np.ptp(seen) == 0.0:
         # Labels that all agree cannot be resampled: half a label more of either kind, as for the judge.
         n = len(groups)
         seen = rng.binomial(n, (seen[0] * n + 0.5) / (n + 1), size=resamples) / n
