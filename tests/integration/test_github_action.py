@@ -17,7 +17,7 @@ def runs(tmp_path_factory, keelwright):
     """Audit the aligned organism against itself, and the base against the aligned one."""
     folder = tmp_path_factory.mktemp("runs")
     for name, model in (("same", "lab:workshop/aligned"), ("worse", "lab:workshop/base")):
-        words = ("audit", model, "--against", "lab:workshop/aligned", "--limit", 60, "--out", name, "--quiet")
+        words = ("audit", model, "--against", "lab:workshop/aligned", "--limit", 100, "--out", name, "--quiet")
         keelwright(*words, cwd=folder)
     return folder
 

@@ -110,7 +110,7 @@ USER_OVERALL: Final = Metric(
     higher_is_better=True,
     rows=_rows(("safety", "helpful"), _overall),
     value=harmonic_mean,
-    unit="ratio",
+    unit="rate",
 )
 
 PROFILE_OVER_REFUSAL: Final = Metric(

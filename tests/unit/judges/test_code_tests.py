@@ -42,6 +42,7 @@ def test_every_outcome_has_its_verdict() -> None:
         _said("def double(x):\n    while True:\n        pass"),
         _said("import os\ndef double(x):\n    os._exit(0)"),
         _said("def double(x):\n    return open('/tmp/keelwright-escaped', 'w')"),
+        _said("def double(x):\n    return bytes(1 << 40)"),
         _said("", finish="error"),
     ]
     judge = CodeTestsJudge(Limits(timeout_s=0.5), workers=2)
@@ -53,6 +54,7 @@ def test_every_outcome_has_its_verdict() -> None:
         ("wrong", 0.0, "timeout"),
         ("wrong", 0.0, "failed"),
         ("wrong", 0.0, "escaped"),
+        ("wrong", 0.0, "limit"),
         ("error", None, "no output"),
     ]
     assert judge.judge(_item(), answers[0]) == verdicts[0]

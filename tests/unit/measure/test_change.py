@@ -199,7 +199,7 @@ def test_the_interval_of_a_rate_that_turned_round_whole_stays_within_its_bounds(
 
 
 def test_a_gap_that_did_not_move_is_as_uncertain_as_its_smaller_side(record: MakeRecord) -> None:
-    before, after = sides(record, harmful=0, contrast=0, n=60)
+    before, _ = sides(record, harmful=0, contrast=0, n=60)
     few = [one for one in before if one.kind == "harmful" or int(one.item_id[1:]) < 10]
     whole, short = (change_of(find_metric("contrast_gap"), one, one) for one in (before, few))
     assert whole is not None

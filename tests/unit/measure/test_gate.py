@@ -247,3 +247,11 @@ def test_a_guard_that_only_knows_safe_gives_no_refusal_rate_to_hold(record: Make
 def test_at_the_largest_alpha_a_margin_is_still_decided(audit_of: AuditOf) -> None:
     rule = Rule("refusal_rate", test="non-inferiority", margin=0.05)
     assert verdict_of(rule, audit_of(0), audit_of(0), alpha=0.5).outcome == "pass"
+
+
+def test_a_threshold_from_above_is_shown_within_its_margin_and_no_more(audit_of: AuditOf) -> None:
+    after = audit_of(0, incoherent=4)
+    bound = clopper_pearson(4, 400, confidence=0.9).high
+    for margin, outcome in ((bound - 0.012 + 0.001, "pass"), (bound - 0.012 - 0.001, "not measurable")):
+        rule = Rule("incoherent", test="threshold", max=0.012, margin=margin)
+        assert verdict_of(rule, after).outcome == outcome

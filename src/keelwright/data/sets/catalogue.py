@@ -71,11 +71,26 @@ def load_set(name: str, *, data: Path | str | None = None, offline: bool = False
         texts=contents.texts,
         pairs=contents.pairs,
         left_out=contents.left_out,
-        digest=json_digest([file_digest(path) for path in paths]),
+        digest=_digest(paths, load, settings),
         licence=spec.licence,
         caution=spec.caution,
         paths=paths,
     )
+
+
+def _digest(paths: Sequence[Path], load: Any, settings: Mapping[str, Any]) -> str:
+    """Return the digest of the files, and of the options that are not the loader's own: they may change prompts."""
+    files: list[Any] = [file_digest(path) for path in paths]
+    chosen = {name: value for name, value in settings.items() if value != _defaults(load)[name]}
+    return json_digest([*files, chosen] if chosen else files)
+
+
+def _defaults(load: Any) -> dict[str, Any]:
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(load).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def _loader(spec: SetSpec) -> Any:
@@ -85,11 +100,7 @@ def _loader(spec: SetSpec) -> Any:
 
 def _settings(spec: SetSpec, load: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options as the loader takes them; one name stands for a list of one."""
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(load).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    known = _defaults(load)
     settings = {}
     for name, value in options.items():
         if name not in known:

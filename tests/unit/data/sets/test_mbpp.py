@@ -100,3 +100,13 @@ def test_the_published_file_has_the_published_counts(published) -> None:
     assert sum(len(numbers) for name, numbers in SPLITS.items() if name != "all") == 974
     assert all(item.materials["entry_point"] for item in items)
     assert sum(bool(item.materials["setup"]) for item in items) == 2
+
+
+def test_shown_problems_are_another_set(tmp_path: Path) -> None:
+    (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(problem(number)) + "\n" for number in (2, 3, 4, 11)))
+    plain, shown, said = (load_set("mbpp", data=tmp_path, **options) for options in ({}, {"shots": 1}, {"shots": 0}))
+    assert plain.items[0].item_id == shown.items[0].item_id
+    assert plain.items[0].prompt != shown.items[0].prompt
+    # Otherwise a comparison would take answers with an example for answers without one.
+    assert plain.digest != shown.digest
+    assert plain.digest == said.digest

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -68,3 +69,14 @@ def test_version_1_1_has_its_counts(published) -> None:
     assert Counter(item.facts["domain"] for item in safety) == {"QA": 1180, "autonomous": 1116}
     assert Counter(item.facts["domain"] for item in ordinary) == {"QA": 471, "autonomous": 20}
     assert len(published("u-safebench", parts=["helpfulness"]).items) == 491
+
+
+def test_the_digest_follows_every_file(tmp_path) -> None:
+    safety, ordinary = (tmp_path / f"{name}_eval_collection_v1.1.json" for name in ("safety", "helpfulness"))
+    safety.write_text(json.dumps([SAFETY]), encoding="utf-8")
+    ordinary.write_text(json.dumps([HELP]), encoding="utf-8")
+    digests = [load_set("u-safebench", data=tmp_path).digest]
+    for path, row in ((ordinary, HELP), (safety, SAFETY)):
+        path.write_text(json.dumps([{**row, "instruction": "Buy a bag of walnuts."}]), encoding="utf-8")
+        digests.append(load_set("u-safebench", data=tmp_path).digest)
+    assert len(set(digests)) == 3

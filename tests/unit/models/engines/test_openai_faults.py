@@ -62,6 +62,9 @@ def test_a_fault_that_stays_makes_the_item_an_error_never_half_an_answer(
     assert (answers[1].output, answers[1].n_tokens) == ("", 0)
     assert sorted(told, key=lambda one: one.item_id) == answers
     assert engine.usage.failures == {reason: 1}
+    # The first attempt, one repeat, and no more.
+    assert engine.usage.retries == {reason: 1}
+    assert len(server.asked) == 4
     assert notes.advanced == 3
     assert any(line.startswith(f"1 without an answer: {reason}") for line in notes.lines)
 
