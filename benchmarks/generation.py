@@ -19,9 +19,9 @@ import time
 
 import torch
 
+from keelwright.core.record_index import RecordIndex
 from keelwright.core.records import Item, Record
 from keelwright.measure.asking import measure
-from keelwright.core.record_index import RecordIndex
 from keelwright.models.chat import end_ids, render
 from keelwright.models.generation import DecodingConfig, generate
 from keelwright.models.loading import LoadedModel, load

@@ -102,3 +102,70 @@ def damage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage")
     make_damage(folder, seed=0, device="cpu", progress=Silent())
     return folder
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch):
+    """Run `keelwright WORDS` in this process, in an empty folder, without the network; `code` is the status expected.
+
+    Loading torch once for many lines; what a line leaves in the process is what tests of its own process are for.
+    """
+    import socket
+
+    from typer.testing import CliRunner
+
+    from keelwright.cli.app import app
+
+    def refuse(*_, **__):
+        raise RuntimeError("a test reached for the network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+    def run(*words, code=0):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        crash = "" if done.exception is None else repr(done.exception)
+        assert done.exit_code == code, f"exit {done.exit_code} {crash}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def typed_json(typed):
+    """As `typed`, with `--json`; return the one document on stdout."""
+
+    def run(*words, **options):
+        return json.loads(typed(*words, "--json", **options).stdout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def byte_models(tmp_path_factory):
+    """Two folders with tiny Llamas that read bytes and have 8,192 positions: any prompt fits, no answer makes sense."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {"<pad>": 0, "<end>": 1, **{letter: number for number, letter in enumerate(letters, 2)}}
+    pieces = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("bytes")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(ids), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=8192, initializer_range=0.4, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "one", folder / "two"

@@ -108,7 +108,8 @@ def _show_judges(summary: Summary) -> None:
             cells += [estimate_text(one[name]) for name in ("sensitivity", "specificity")]
             cells += [estimate_text(one["corrected"])] if is_corrected else []
             table.add_row(one["condition"], f"{one['n']:,}", *cells)
-        stdout_console().print(table)
+        if table.row_count:
+            stdout_console().print(table)
         for shift in judge["shifts"]:
             found = "errs differently: paired comparisons are biased" if shift["biased"] else "no evidence of bias"
             _say(

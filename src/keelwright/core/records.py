@@ -8,7 +8,9 @@ again never need the model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -133,7 +135,10 @@ class Record:
     @property
     def label(self) -> ResponseClass:
         """The response class given by the suite's own judge; `unparsed` while no judge has seen it."""
-        return next((one.label for one in self.judgements.values()), "unparsed")
+        # A loop, not a generator: labels are read millions of times when large runs are compared.
+        for one in self.judgements.values():
+            return one.label
+        return "unparsed"
 
     @property
     def score(self) -> float | None:
@@ -145,20 +150,38 @@ class Record:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
-def record_from_json(line: str, *, where: str) -> Record:
+_REPEATED = (
+    "suite", "suite_digest", "kind", "hazard", "model_id", "revision", "template_digest", "decoding_digest", "finish",
+)  # fmt: skip
+"""Fields of few values: records that are read share their strings, and so take little memory and compare fast."""
+
+_judgement = functools.lru_cache(maxsize=4096, typed=True)(Judgement)
+
+
+@functools.lru_cache(maxsize=4096)
+def _judgements(*opinions: tuple[str, Judgement]) -> dict[str, Judgement]:
+    """Return the verdicts by judge: one mapping, which nobody changes, for all records with the same ones."""
+    return dict(opinions)
+
+
+def record_from_json(line: str, *, where: str, texts: bool = True) -> Record:
     """Read one line of `records.jsonl`.
 
     Args:
         line: The JSON text.
         where: File and line number, for error texts.
+        texts: Keep prompt and answer.
 
     Raises:
         DataError: The line is not a record.
     """
     try:
         row: dict[str, Any] = json.loads(line)
-        opinions = {judge: Judgement(**one) for judge, one in row.pop("judgements").items()}
-        return Record(**row, judgements=opinions)
+        row["judgements"] = _judgements(*((judge, _judgement(**one)) for judge, one in row["judgements"].items()))
+        row.update((name, sys.intern(row[name])) for name in _REPEATED if name in row)
+        if not texts:
+            row["prompt"] = row["output"] = ""
+        return Record(**row)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{where}: not a record.",

@@ -92,6 +92,8 @@ def judge_again(
     require_place(folder, flag=_FLAG)
     parts = _parts(old, config, progress)
     utility = load_utility(config.utility) if config.utility is not None else None
+    records = old.records()
+    _require_whole(old, records, parts)
     with RunFolder.open(folder, _spec(old, config, judges), flag=_FLAG) as keeper:
         done = keeper.finished()
         if done is not None:
@@ -99,7 +101,6 @@ def judge_again(
             ensure_report(folder)
             return done
         progress.plan("keelwright runs judge", _plan(old, parts, folder))
-        records = old.records()
         here = {record.key for record in keeper.records()}
         for record in _replaced(records, parts, judges):
             if record.key not in here:
@@ -146,12 +147,7 @@ class RecordedEngine:
         Raises:
             DataError: Always.
         """
-        raise DataError(
-            f"The run does not hold every answer of '{self.name}' that its suite asks for.",
-            expected="the items of the audit, and no remedy that asks the model itself",
-            found=f"{len(items) * decoding.samples - len(have)} answers to be made",
-            fix="audit the model again, with the judge",
-        )
+        raise _incomplete(self.name, f"{len(items) * decoding.samples - len(have)} answers to be made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +198,32 @@ def _parts(old: ReadRun, config: AuditConfig, progress: Progress) -> tuple[Part,
             fix="use the same version and the same data sets, or audit the model again",
         )
     return parts
+
+
+def _require_whole(old: ReadRun, records: Sequence[Record], parts: Sequence[Part]) -> None:
+    """Raise `DataError` where the run lacks an answer, or its remedy would have to ask the model again."""
+    present = {record.key for record in records}
+
+    def refuse(items: Sequence[Item]) -> list[str]:
+        raise _incomplete(str(old.path), "a remedy that asks the model itself")
+
+    for role in [role for role in ("against", "model") if role in old.run["inputs"]]:
+        for part in parts:
+            keys = {(role, item.item_id, sample) for item in part.items for sample in range(part.decoding.samples)}
+            missing = len(keys - present)
+            if missing:
+                raise _incomplete(str(old.path), f"{missing} of {len(keys)} answers of '{role}' missing")
+            if part.mitigation is not None:
+                part.mitigation.rewrite(part.items, refuse)
+
+
+def _incomplete(name: str, found: str) -> DataError:
+    return DataError(
+        f"'{name}' does not hold every answer that its suite asks for.",
+        expected="an answer of each model to every item, and no remedy that asks the model itself",
+        found=found,
+        fix="audit the model again, with the judge",
+    )
 
 
 def _replaced(records: Sequence[Record], parts: Sequence[Part], judges: Sequence[str]) -> Iterator[Record]:

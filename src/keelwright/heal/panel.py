@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from keelwright.core.protocols import Judge, Progress
+from keelwright.core.protocols import Judge, Progress, Silent
 from keelwright.heal.audit_config import AuditConfig
 from keelwright.judges.registry import JudgeContext, JudgeLine, find_judge
 
@@ -19,6 +19,17 @@ TASK_JUDGE: Final = JudgeLine(
     "keelwright.measure.scorers:TaskJudge",
 )
 """Known to this room only: the comparison of tasks lives in `measure`."""
+
+
+class _Notes(Silent):
+    """Passes notes on, and no counts: whoever asks a panel counts the answers, not the questions that it takes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def note(self, text: str) -> None:
+        """Say it."""
+        self._progress.note(text)
 
 
 def panel_of(config: AuditConfig, progress: Progress) -> Callable[[str], Judge]:
@@ -33,7 +44,7 @@ def panel_of(config: AuditConfig, progress: Progress) -> Callable[[str], Judge]:
         cache=None if config.cache is None else Path(config.cache),
         offline=config.offline,
         batch_size=config.batch_size,
-        progress=progress,
+        progress=_Notes(progress),
     )
     found: dict[str, Judge] = {}
 

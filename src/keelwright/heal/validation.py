@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from keelwright.core.config import config_from_mapping, config_to_mapping
 from keelwright.core.digests import file_digest
-from keelwright.core.errors import ConfigError
+from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.protocols import Judge, Progress, Silent
 from keelwright.core.records import Kind, Record
 from keelwright.heal.audit_config import AuditConfig
@@ -144,7 +144,7 @@ def validate_audit(
     audits = {
         judge_id: _positives(labelled, judge_id, scale, sides, kind) if kind is not None else {} for judge_id in judges
     }
-    found = _validations(labelled, scale, list(judges.values()), audits, seed, progress)
+    found = _validations(labelled, scale, list(judges.values()), audits, seed, progress, lenient=True)
     return [{**one, "metric": _CORRECTED.get((scale, kind))} for one in found]
 
 
@@ -176,13 +176,21 @@ def _validations(
     audits: Mapping[str, Mapping[str, Sequence[bool]]],
     seed: int,
     progress: Progress,
+    *,
+    lenient: bool = False,
 ) -> list[dict[str, Any]]:
+    """Return a mapping per judge; `lenient` tells of a judge that cannot read these answers instead of raising."""
     found: list[Validation] = []
     for judge in judges:
         progress.stage(f"holding {judge.judge_id} against {len(labelled):,} labels")
-        found.append(
-            validate_judge(labelled, judge, scale=scale, audits=audits.get(judge.judge_id), seed=seed),
-        )
+        try:
+            one = validate_judge(labelled, judge, scale=scale, audits=audits.get(judge.judge_id), seed=seed)
+        except DataError as error:
+            if not lenient:
+                raise
+            # A finished audit is not lost because one of its judges knows nothing but its own suite.
+            one = Validation(judge.judge_id, scale, (), {}, (), (f"Not held against the labels. {error.problem}",))
+        found.append(one)
     return [one.to_mapping() for one in found]
 
 

@@ -11,8 +11,8 @@ report.html     the page, rendered from the three files above
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
+import gc
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -269,17 +269,28 @@ def _read_records(path: Path, *, mend: bool, texts: bool = True) -> list[Record]
     index = RecordIndex()
     whole = 0
     # Bytes, line by line: an answer may hold U+2028, which text mode would leave alone but `splitlines` would not.
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, _without_collector():
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            record = record_from_json(line.decode("utf-8"), where=f"{path}:{number}")
-            index.append(record if texts else dataclasses.replace(record, prompt="", output=""))
+            index.append(record_from_json(line.decode("utf-8"), where=f"{path}:{number}", texts=texts))
     if mend and whole < path.stat().st_size:
         with path.open("r+b") as stream:
             stream.truncate(whole)
     return index.records
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Let nobody look for cycles meanwhile: records have none, and the search grows with all that is kept."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _require_same(path: Path, known: Mapping[str, Any], spec: RunSpec, flag: str) -> None:
