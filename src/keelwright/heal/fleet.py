@@ -9,7 +9,6 @@ Limits: processes are begun afresh, so a script that calls `audit_fleet` does so
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from keelwright.core.config import config_from_mapping, config_to_mapping, require_choice, require_in_range
-from keelwright.core.errors import ConfigError, KeelwrightError, MissingError
+from keelwright.core.errors import ConfigError, KeelwrightError
 from keelwright.core.protocols import Progress, Silent
+from keelwright.core.ray_session import ray_session
 from keelwright.heal.audit_config import AuditConfig
 from keelwright.heal.panel import panel_of
 from keelwright.heal.validation import require_labels
@@ -200,13 +200,7 @@ def _received(receiver: connection.Connection, process: BaseProcess, model: str)
 
 
 def _on_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    ray = _ray()
-    began_here = not ray.is_initialized()
-    if began_here:
-        address = os.environ.get("RAY_ADDRESS")
-        limit: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **limit)
-    try:
+    with ray_session(workers) as ray:
         remote = ray.remote(num_cpus=1, max_retries=2)(audit_job)
         waiting = {remote.remote(*job): job[0] for job in jobs}
         while waiting:
@@ -218,22 +212,6 @@ def _on_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, dict[str, 
                 except ray.exceptions.RayError as error:
                     outcome = _failure(model, type(error).__name__, 1, str(error).strip())
                 yield model, outcome
-    finally:
-        if began_here:
-            ray.shutdown()
-
-
-def _ray() -> Any:
-    with contextlib.suppress(ImportError):
-        import ray
-
-        return ray
-    raise MissingError(
-        "Ray is not installed.",
-        expected="the package ray, for --executor ray",
-        found="nothing of that name",
-        fix="pip install 'keelwright[ray]', or leave --executor out",
-    )
 
 
 def _summary(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

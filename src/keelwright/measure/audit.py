@@ -7,17 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
 from keelwright.core.decoding import DecodingConfig
-from keelwright.core.errors import ConfigError
+from keelwright.core.errors import ConfigError, ResourceError
 from keelwright.core.protocols import Engine, Progress, RecordSink, Silent, Suite
 from keelwright.core.record_index import RecordIndex
 from keelwright.core.records import Estimate, Item, Kind, Record
 from keelwright.measure.areas import areas_of
-from keelwright.measure.asking import measure
+from keelwright.measure.asking import measure, missing_items
 from keelwright.measure.batch_check import check_batches
 from keelwright.measure.compare import Change, compare_areas, compare_records
 from keelwright.measure.harness import ask_harness, loaded_model
@@ -26,7 +26,7 @@ from keelwright.measure.limits import sample_items
 from keelwright.measure.lm_eval_tasks import LmEvalUtility
 from keelwright.measure.metric_table import find_metric
 from keelwright.measure.metrics import HEADLINE_FACT, METRICS, Metrics, excluded
-from keelwright.measure.part import Part, SetFacts, part_of_suite
+from keelwright.measure.part import Mitigation, Part, SetFacts, part_of_suite
 from keelwright.measure.suites import find_suite, suite_digest
 from keelwright.measure.utility import TaskUtility, TextUtility, Utility, WindowLosses, perplexity_ratio
 from keelwright.models.engines.local import LocalEngine
@@ -368,8 +368,7 @@ class _Bench:
         items: Sequence[Item] = part.items
         conditions: dict[str, str] = {}
         if part.mitigation is not None:
-            self.progress.stage(f"preparing {part.mitigation.name} for {part.name}")
-            items = part.mitigation.rewrite(items, lambda asked: _answers(engine, asked))
+            items = self._remedied(part, part.mitigation, model_id, engine)
             conditions["mitigation"] = part.mitigation.name
         if not part.headline:
             conditions[HEADLINE_FACT] = "no"
@@ -385,6 +384,15 @@ class _Bench:
             conditions=conditions,
             progress=self.progress,
         )
+
+    def _remedied(self, part: Part, mitigation: Mitigation, model_id: str, engine: Engine) -> list[Item]:
+        """Return the items as the remedy asks them; once all are answered, the model is not asked for it again."""
+        if not missing_items(part.items, self.sink, model_id, samples=part.decoding.samples):
+            known = self.sink.find(model_id, [item.item_id for item in part.items])
+            prompts = {record.item_id: record.prompt for record in known}
+            return [replace(item, prompt=prompts[item.item_id]) for item in part.items]
+        self.progress.stage(f"preparing {mitigation.name} for {part.name}")
+        return mitigation.rewrite(part.items, lambda asked: _answers(engine, asked, mitigation.name))
 
     def _task_part(self, utility: TaskUtility) -> Part:
         items = utility.items()
@@ -455,6 +463,15 @@ def _part_words(part: Part) -> dict[str, Any]:
     }
 
 
-def _answers(engine: Engine, items: Sequence[Item]) -> list[str]:
+def _answers(engine: Engine, items: Sequence[Item], remedy: str) -> list[str]:
     """Answer a remedy's own questions: greedily, with room for a list."""
-    return [one.output for one in engine.answer(items, DecodingConfig(max_new_tokens=1024, batch_size=16))]
+    found = engine.answer(items, DecodingConfig(max_new_tokens=1024, batch_size=16))
+    failed = [one.item_id for one in found if one.finish == "error"]
+    if failed:
+        raise ResourceError(
+            f"The remedy '{remedy}' did not get what it asks the model for.",
+            expected=f"{len(found)} answers, to put before the requests",
+            found=f"{len(failed)} that could not be had, first '{failed[0]}'",
+            fix="run the same command again: it resumes",
+        )
+    return [one.output for one in found]

@@ -8,7 +8,6 @@ journal.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import multiprocessing
@@ -24,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from keelwright.core.errors import KeelwrightError, MissingError, ResourceError
+from keelwright.core.errors import KeelwrightError, ResourceError
 from keelwright.core.protocols import TensorSource, WeightEdit
+from keelwright.core.ray_session import ray_session
 from keelwright.weights.facts import Facts, collector
 from keelwright.weights.layout import Shard
 from keelwright.weights.stream import CHUNK_ELEMENTS, as_bytes, can_split, sweep
@@ -253,13 +253,7 @@ def _shared_out(
 
 
 def _on_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Facts]]:
-    ray = _ray()
-    began_here = not ray.is_initialized()
-    if began_here:
-        address = os.environ.get("RAY_ADDRESS")
-        limit: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **limit)
-    try:
+    with ray_session(workers) as ray:
         remote = ray.remote(num_cpus=1, max_retries=2)(_run_on_ray)
         shared = ray.put(work)
         waiting: dict[Any, int] = {}
@@ -269,9 +263,6 @@ def _on_ray(work: Work, tasks: Sequence[Task], workers: int) -> Iterator[tuple[i
                 yield from _finished_on_ray(ray, waiting)
         while waiting:
             yield from _finished_on_ray(ray, waiting)
-    finally:
-        if began_here:
-            ray.shutdown()
 
 
 def _run_on_ray(work: Work, task: Task) -> KeelwrightError | OSError | Facts:
@@ -293,16 +284,3 @@ def _finished_on_ray(ray: Any, waiting: dict[Any, int]) -> Iterator[tuple[int, F
         if isinstance(result, Exception):
             raise result
         yield number, result
-
-
-def _ray() -> Any:
-    with contextlib.suppress(ImportError):
-        import ray
-
-        return ray
-    raise MissingError(
-        "Ray is not installed.",
-        expected="the package ray, for --executor ray",
-        found="nothing of that name",
-        fix="pip install 'keelwright[ray]', or leave --executor out",
-    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keelwright.core.errors import ConfigError, DataError
+from keelwright.core.errors import ConfigError, DataError, ResourceError
 from keelwright.core.record_index import RecordIndex
 from keelwright.core.records import Generation, Item, Judgement, Record
 from keelwright.measure.asking import measure, missing_items
@@ -277,3 +277,56 @@ def test_a_part_that_stands_apart_has_no_headline_rates_and_no_change_of_them(ma
     assert [change.metric for change in found.changes] == ["truncated"]
     assert found.primary == "truncated"
     assert {record.facts["headline"] for record in found.records} == {"no"}
+
+
+class Hint:
+    """A remedy that asks the model for a word and puts it before every prompt."""
+
+    name, says = "hint", "One more answer."
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def rewrite(self, items: Sequence[Item], ask: Callable[[Sequence[Item]], list[str]]) -> list[Item]:
+        self.asked += 1
+        (word,) = ask([Item("hint", "hint", "benign", "", "the cat")])
+        return [replace(item, prompt=f"{word.split()[0]} {item.prompt}") for item in items]
+
+
+class Talker:
+    """An engine that says how it was asked, and may fail at a remedy's question."""
+
+    name, revision, template_digest, network = "talker", "r", "t", None
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+
+    def answer(self, items: Sequence[Item], decoding: Any, **settings: Any) -> list[Generation]:
+        found = [
+            Generation(
+                item.item_id, f"said {item.prompt}", 2, "error" if self.fails and item.suite == "hint" else "eos"
+            )
+            for item in items
+        ]
+        if settings.get("on_batch") is not None:
+            settings["on_batch"](found)
+        return found
+
+
+def test_a_remedy_asks_once_and_not_again_when_everything_is_answered() -> None:
+    suite, sink = SmallSuite(), RecordIndex()
+    hint = Hint()
+    part = replace(part_of_suite(suite, suite.items(), "d", decoding_for(suite)), mitigation=hint)
+    first = examine(Talker, (part,), sink=sink).records
+    assert {one.prompt.split()[0] for one in first} == {"said"}
+    assert {one.facts["mitigation"] for one in first} == {"hint"}
+    assert examine(Talker, (part,), sink=sink).records == first
+    assert hint.asked == 1
+
+
+def test_a_remedy_without_its_answer_stops_the_audit() -> None:
+    suite = SmallSuite()
+    part = replace(part_of_suite(suite, suite.items(), "d", decoding_for(suite)), mitigation=Hint())
+    with pytest.raises(ResourceError, match="'hint' did not get what it asks") as caught:
+        examine(lambda: Talker(fails=True), (part,), sink=RecordIndex())
+    assert caught.value.fix == "run the same command again: it resumes"
