@@ -144,7 +144,7 @@ def _regression(policy: Policy, rule: Rule, metric: Metric, change: Change) -> R
 def _with_family(policy: Policy, draft: RuleVerdict, adjusted: float) -> RuleVerdict:
     beyond = f" by more than {draft.rule.margin:g}" if draft.rule.margin else ""
     moved = f"change {draft.value:+.3f} [{draft.low:+.3f}, {draft.high:+.3f}]"
-    found = f"{moved}, one-sided p = {adjusted:.3g} over {draft.n} pairs"
+    found = f"{moved}, one-sided p = {_p_words(draft, adjusted)} over {draft.n} pairs"
     if adjusted < policy.alpha:
         return dataclasses.replace(
             draft, outcome="fail", p_adjusted=adjusted, needs=None, says=f"{draft.metric} got worse{beyond}: {found}."
@@ -158,6 +158,11 @@ def _with_family(policy: Policy, draft: RuleVerdict, adjusted: float) -> RuleVer
     return dataclasses.replace(
         draft, p_adjusted=adjusted, needs=None, says=f"{draft.metric}: no evidence that it got worse{beyond} ({found})."
     )
+
+
+def _p_words(draft: RuleVerdict, adjusted: float) -> str:
+    raw = adjusted if draft.p_value is None else draft.p_value
+    return f"{raw:.3g}" if raw == adjusted else f"{raw:.3g}, {adjusted:.3g} within the policy,"
 
 
 def _non_inferiority(policy: Policy, rule: Rule, metric: Metric, change: Change) -> RuleVerdict:
