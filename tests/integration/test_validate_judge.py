@@ -55,6 +55,9 @@ def test_published_labels_are_read_as_they_are_without_a_model(completions, type
     assert "sensitivity" in shown
     assert "between completions_mistralguard_labelled and completions_mistralinstruct_labelled" in shown
     assert typed_json("audit", *words, "--out", "run") == summary
+    page = Path("run", "report.html").read_text(encoding="utf-8")
+    assert "refusal-lists@1 against people’s labels" in page
+    assert f"{by_condition[completions[0].stem]['kappa']['value']:.3f}" in page
 
 
 def test_several_judges_are_held_against_the_same_labels(completions, typed_json):

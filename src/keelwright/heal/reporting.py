@@ -12,7 +12,7 @@ from keelwright.core.digests import file_digest
 from keelwright.core.errors import DataError
 from keelwright.core.files import write_atomic
 from keelwright.core.records import Record
-from keelwright.report.page import render_audit, render_compare, render_gate, render_heal
+from keelwright.report.page import render_audit, render_compare, render_gate, render_heal, render_validate
 from keelwright.runs.folder import ReadRun, read_run, unfinished
 from keelwright.runs.places import disk_errors
 
@@ -20,6 +20,7 @@ _PAGES: Final[Mapping[str, Callable[..., str]]] = {
     "audit": render_audit,
     "compare": render_compare,
     "gate": render_gate,
+    "validate": render_validate,
     "heal": render_heal,
     "demo": render_heal,
 }

@@ -18,6 +18,7 @@ from keelwright.core.protocols import Judge, Progress, Silent
 from keelwright.core.records import Kind, Record
 from keelwright.heal.audit_config import AuditConfig
 from keelwright.heal.panel import panel_of
+from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.measure.audit import AuditResult
 from keelwright.measure.labels import POSITIVE, Labelled, Scale, needs_records, read_labels, said_of, scale_of
 from keelwright.measure.metrics import EXCLUDED_LABELS, RULES
@@ -76,6 +77,7 @@ def validate_judges(
         done = keeper.finished()
         if done is not None:
             progress.note(f"'{folder}' is finished already; this is its result")
+            ensure_report(folder)
             return done
         progress.plan("keelwright audit --validate-judge", _plan(config, labelled, network, folder))
         found = _validations(labelled, scale, judges, {}, config.seed, progress)
@@ -89,6 +91,7 @@ def validate_judges(
             "network": network,
         }
         keeper.finish(summary)
+    write_report(folder)
     return summary
 
 

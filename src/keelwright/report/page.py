@@ -193,6 +193,28 @@ def render_gate(run: Mapping[str, Any], summary: Mapping[str, Any], records: Seq
     )
 
 
+def render_validate(run: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record] = ()) -> str:
+    """Return the page of judges held against people's labels, without a model.
+
+    Args:
+        run: `run.json`.
+        summary: `summary.json` of the validation.
+        records: Not used: the answers are in the files of labels.
+    """
+    files = [str(one["ref"]) for one in (run.get("inputs") or {}).values() if one.get("ref")]
+    return render(
+        "validate.html.j2",
+        {"command": "validate", **run},
+        summary,
+        styles=_FULL_STYLE,
+        title="Judges against people's labels",
+        sentence=str(summary.get("sentence") or "How far the judges agree with people."),
+        facts=[("Labels", ", ".join(files)), ("Scale", str(summary.get("scale", "")))],
+        validation=validation_views(summary),
+        cautions=caution_words(summary, has_metrics=False),
+    )
+
+
 def _is_measured(metrics: Mapping[str, Any] | None) -> bool:
     return any(one is not None for one in (metrics or {}).values())
 
