@@ -164,6 +164,12 @@ def _judgements(*opinions: tuple[str, Judgement]) -> dict[str, Judgement]:
     return dict(opinions)
 
 
+def with_shared_parts(record: Record) -> Record:
+    """Return a record whose repeated strings and verdicts are one object for all records that have them."""
+    shared: dict[str, Any] = {name: sys.intern(getattr(record, name)) for name in _REPEATED}
+    return dataclasses.replace(record, **shared, judgements=_judgements(*record.judgements.items()))
+
+
 def record_from_json(line: str, *, where: str, texts: bool = True) -> Record:
     """Read one line of `records.jsonl`.
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from keelwright.core.digests import json_digest
 from keelwright.core.errors import DataError, MissingError
-from keelwright.core.records import Finish, Judgement, Record
+from keelwright.core.records import Finish, Judgement, Record, with_shared_parts
 from keelwright.measure.foreign_scores import flattened, judgement_of, put_first
 from keelwright.runs.interop.archive import LARGEST_MEMBER, Archive
 from keelwright.runs.interop.foreign import ForeignLog, choose_primary, require_distinct
@@ -161,11 +161,12 @@ class _Reader:
                 kept = {name: value for name, value in known.items() if name != "judges"}
                 order = [name for name in known.get("judges", ()) if name in judgements] or list(judgements)
                 ours = {name: judgements[name] for name in order}
-                return Record(item_id=item_id, prompt=prompt, output=_answer(output, attached), judgements=ours, **kept)
+                answer = _answer(output, attached)
+                return with_shared_parts(Record(item_id=item_id, prompt=prompt, output=answer, judgements=ours, **kept))
             self.all_ours = False
             self._counts["without an answer, because of an error"] += failed
             self._counts["without any score"] += not judgements and not failed
-            return self._foreign(sample, item_id, epoch, prompt, judgements)
+            return with_shared_parts(self._foreign(sample, item_id, epoch, prompt, judgements))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"'{self._path}', {where}: not a sample of an Inspect log.",
