@@ -12,7 +12,7 @@ from scipy import stats
 from keelwright.core.errors import ConfigError, DataError, NumericalError
 from keelwright.ops.bootstrap import cluster_permutation
 from keelwright.ops.paired import mcnemar_exact
-from keelwright.ops.resampling import Floats
+from keelwright.ops.resampling import Floats, interval_ends
 from keelwright.ops.statistic import (
     balanced_accuracy,
     bootstrap_statistic,
@@ -245,3 +245,15 @@ def test_interval_of_few_clusters_is_as_wide_as_students() -> None:
     assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
     plain = 2 * 1.96 * values.std() / np.sqrt(8)
     assert found.high - found.low > 1.15 * plain
+
+
+def test_two_units_have_an_interval_over_all_that_can_be_drawn() -> None:
+    found = bootstrap_statistic(np.array([[0.0, 1.0], [1.0, 1.0]]), ratio)
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+def test_a_figure_that_no_group_can_be_left_out_of_has_an_interval_without_acceleration() -> None:
+    # Without either group one side of the gap is empty, so leaving one out defines nothing.
+    draws = np.linspace(0.0, 1.0, 1001)
+    plain = interval_ends(draws, 0.5, np.array([]), interval="bca", confidence=0.95)
+    assert plain == pytest.approx((0.025, 0.975), abs=2e-3)
