@@ -57,8 +57,8 @@ def _file(repo: str, name: str, *, offline: bool) -> Path:
     except RepositoryNotFoundError as error:
         raise _cannot(repo, "no data set of that name that may be read") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        why = "not in the cache of earlier downloads, and --offline" if offline else "not in the cache, and no network"
-        raise _cannot(repo, why) from error
+        not_asked = "not in the cache of earlier downloads, and no download was asked for"
+        raise _cannot(repo, not_asked if offline else "not in the cache, and no network") from error
     except EntryNotFoundError as error:
         raise _cannot(repo, f"no file '{name}' there any more") from error
     except (_TRANSPORT_ERROR, ConnectionError) as error:

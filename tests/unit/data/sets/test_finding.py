@@ -110,7 +110,7 @@ def test_nowhere_is_an_error_with_names_places_and_the_way_to_get_it(
     )
     assert error.found == (
         f"none of them; looked in: '{tmp_path}' (KEELWRIGHT_DATA); "
-        "hub data set Yeonjun/U-SafeBench: not in the cache of earlier downloads, and --offline"
+        "hub data set Yeonjun/U-SafeBench: not in the cache of earlier downloads, and no download was asked for"
     )
     assert error.fix == (
         "fetch it with --data hub or `hf download Yeonjun/U-SafeBench --repo-type dataset`, or get the files from "
