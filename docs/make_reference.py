@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from keelwright.core.catalogue import catalogue
-from keelwright.heal.panel import TASK_JUDGE
 from keelwright.judges.registry import known_judges
 from keelwright.measure.metric import Metric
 from keelwright.measure.metric_table import METRIC_NAMES, find_metric
 from keelwright.measure.metrics import METRICS
+from keelwright.measure.panel import TASK_JUDGE
 from keelwright.measure.part import PartSpec
 from keelwright.measure.suites import find_suite
 from keelwright.measure.suites.loading import BUILT_IN, read_suite, suite_names

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import keelwright as kw
-from keelwright.heal.parties import open_party
 from keelwright.models.loading import load
 from keelwright.models.saving import save
 from keelwright.training.config import TrainConfig
 from keelwright.training.loop import train
+from keelwright.weights.parties import open_party
 from keelwright.worlds.architectures import build_organism
 from keelwright.worlds.workshop.tuning import everyday_rows
 

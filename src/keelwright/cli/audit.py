@@ -66,7 +66,7 @@ def audit(
     """Measure a model's safety: every rate with its count and interval."""
     given = dict(locals())
     with errors_as_exit_codes(as_json=as_json), ScreenProgress(quiet=quiet) as progress:
-        from keelwright.heal.audit_config import AuditConfig
+        from keelwright.measure.audit_config import AuditConfig
 
         settings = {name: given[name] for name in AuditConfig.__slots__ if name not in {"judges", "validate_judge"}}
         shared: dict[str, Any] = {"run": out, "progress": progress, "judges": tuple(judges or ()), **settings}

@@ -81,8 +81,8 @@ def _method(name: str) -> Rows:
 
 
 def _judges() -> Rows:
-    from keelwright.heal.panel import TASK_JUDGE
     from keelwright.judges.registry import judge_table
+    from keelwright.measure.panel import TASK_JUDGE
 
     return judge_table((TASK_JUDGE,))
 

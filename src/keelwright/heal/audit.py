@@ -14,15 +14,14 @@ from keelwright.core.errors import ConfigError, ModelMismatchError, UnsafeInputE
 from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Engine, Progress, Silent
 from keelwright.core.records import Item
-from keelwright.heal.audit_config import AuditConfig
 from keelwright.heal.audit_words import models_of, sentence
-from keelwright.heal.ordering import items_digest, ordered_parts, suite_name
-from keelwright.heal.parties import ModelLike, Party, check_weights, open_party
 from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.heal.validation import label_inputs, require_labels, validate_audit
 from keelwright.judges.registry import HOSTED
 from keelwright.measure.audit import examine
+from keelwright.measure.audit_config import AuditConfig
 from keelwright.measure.lm_eval_tasks import LmEvalUtility
+from keelwright.measure.ordering import items_digest, ordered_parts, suite_name
 from keelwright.measure.part import Part
 from keelwright.measure.utility import TextUtility, Utility, load_utility
 from keelwright.models.chat import template_digest
@@ -35,6 +34,7 @@ from keelwright.models.refs import parse_ref
 from keelwright.models.threads import threads_for
 from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place
+from keelwright.weights.parties import ModelLike, Party, check_weights, open_party
 
 _FLAG = "--out"
 

@@ -15,11 +15,11 @@ from keelwright.core.digests import file_digest
 from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.records import Generation, Item, Record
-from keelwright.heal.audit_config import AuditConfig
 from keelwright.heal.audit_words import models_of, sentence
-from keelwright.heal.ordering import hosts_of, items_digest, ordered_parts, suite_name
 from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.measure.audit import OpenEngine, examine
+from keelwright.measure.audit_config import AuditConfig
+from keelwright.measure.ordering import hosts_of, items_digest, ordered_parts, suite_name
 from keelwright.measure.part import Part
 from keelwright.measure.utility import TaskUtility, load_utility
 from keelwright.runs.folder import ReadRun, RunFolder, RunSpec, default_run_folder, read_run, unfinished

@@ -25,9 +25,9 @@ from keelwright.core.config import config_from_mapping, config_to_mapping, requi
 from keelwright.core.errors import ConfigError, KeelwrightError
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.ray_session import ray_session
-from keelwright.heal.audit_config import AuditConfig
-from keelwright.heal.panel import panel_of
 from keelwright.heal.validation import require_labels
+from keelwright.measure.audit_config import AuditConfig
+from keelwright.measure.panel import panel_of
 from keelwright.measure.suites.loading import read_suite
 from keelwright.runs.folder import RunFolder, RunSpec, default_run_folder
 from keelwright.runs.places import require_place

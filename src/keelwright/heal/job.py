@@ -17,7 +17,6 @@ from keelwright.heal.candidates import Candidate, find_candidate
 from keelwright.heal.config import HealConfig
 from keelwright.heal.exam import Exam, prepare_exam
 from keelwright.heal.halving import FULL_RACE, PART_WORDS, most_trials, rounds_for
-from keelwright.heal.parties import ModelLike, Party, open_party
 from keelwright.heal.unalign import unalign_rank
 from keelwright.models.compatibility import require_compatible
 from keelwright.models.loading import find_device
@@ -25,6 +24,7 @@ from keelwright.models.memory import available_bytes, require_memory, shown_byte
 from keelwright.repair.materialise import UNRELATED_ABOVE
 from keelwright.runs.folder import RunSpec
 from keelwright.weights.card import licence_of
+from keelwright.weights.parties import ModelLike, Party, open_party
 from keelwright.weights.plan import require_same_tensors
 from keelwright.weights.sources import relative_distance
 

@@ -23,7 +23,6 @@ from keelwright.heal.decide import Measured, Trial, check_limits, choose, compar
 from keelwright.heal.job import Job, open_job
 from keelwright.heal.outcome import Outcome
 from keelwright.heal.output import write_choice
-from keelwright.heal.parties import ModelLike, Party, check_weights
 from keelwright.heal.preparing import prepare_all
 from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.heal.summary import summary_of
@@ -35,6 +34,7 @@ from keelwright.ops.paired import minimum_detectable_change
 from keelwright.runs.folder import RunFolder, default_run_folder, stopwatch
 from keelwright.runs.places import require_apart, require_place
 from keelwright.weights.live import LiveTrial
+from keelwright.weights.parties import ModelLike, Party, check_weights
 
 
 def heal(

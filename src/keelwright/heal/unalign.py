@@ -15,12 +15,12 @@ from keelwright.core.seeds import derive_seed
 from keelwright.data.rows import ChatRow
 from keelwright.heal.config import HealConfig
 from keelwright.heal.decide import Measured, compare_bad
-from keelwright.heal.parties import Party
 from keelwright.models.adapters import AdaptedCheckpoint
 from keelwright.models.loading import LoadedModel
 from keelwright.training.config import TrainConfig
 from keelwright.training.loop import train
 from keelwright.weights.live import LiveSource
+from keelwright.weights.parties import Party
 
 LORA_ABOVE = 50_000_000
 """Parameters from which the un-aligned copy is a LoRA: full tuning would need 16 bytes a weight."""

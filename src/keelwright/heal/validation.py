@@ -16,12 +16,12 @@ from keelwright.core.digests import file_digest
 from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.protocols import Judge, Progress, Silent
 from keelwright.core.records import Kind, Record
-from keelwright.heal.audit_config import AuditConfig
-from keelwright.heal.panel import panel_of
 from keelwright.heal.reporting import ensure_report, write_report
 from keelwright.measure.audit import AuditResult
+from keelwright.measure.audit_config import AuditConfig
 from keelwright.measure.labels import POSITIVE, Labelled, Scale, needs_records, read_labels, said_of, scale_of
 from keelwright.measure.metrics import EXCLUDED_LABELS, RULES
+from keelwright.measure.panel import panel_of
 from keelwright.measure.part import Part
 from keelwright.measure.validate import Validation, validate_judge
 from keelwright.report.text import number

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from keelwright.cli.app import app
 from keelwright.cli.audit import audit
 from keelwright.cli.heal import EXIT_CODES, heal, show_summary
-from keelwright.heal.audit_config import AuditConfig
 from keelwright.heal.config import HealConfig
+from keelwright.measure.audit_config import AuditConfig
 
 RUN = CliRunner()
 

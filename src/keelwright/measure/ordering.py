@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from keelwright.core.protocols import Progress
-from keelwright.heal.audit_config import AuditConfig
-from keelwright.heal.panel import panel_of
-from keelwright.heal.parties import ModelLike
+from keelwright.measure.audit_config import AuditConfig
 from keelwright.measure.mitigations import find_mitigation
+from keelwright.measure.panel import panel_of
 from keelwright.measure.part import Part
 from keelwright.measure.suites.building import Ordered, build_parts
 from keelwright.measure.suites.loading import read_suite
 from keelwright.models.refs import parse_ref
+from keelwright.weights.parties import ModelLike
 
 _HUB: Final = "hub"
 

@@ -4,8 +4,8 @@ import torch
 
 from keelwright.core.errors import NumericalError
 from keelwright.core.protocols import Silent
-from keelwright.heal.parties import check_weights, open_party
 from keelwright.models.loading import load
+from keelwright.weights.parties import check_weights, open_party
 
 ALIGNED = "lab:workshop/aligned"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from keelwright.core.protocols import Judge, Progress, Silent
-from keelwright.heal.audit_config import AuditConfig
 from keelwright.judges.registry import JudgeContext, JudgeLine, find_judge
+from keelwright.measure.audit_config import AuditConfig
 
 TASK_JUDGE: Final = JudgeLine(
     "task",
@@ -18,7 +18,7 @@ TASK_JUDGE: Final = JudgeLine(
     "correct or wrong, by the item's scorer",
     "keelwright.measure.scorers:TaskJudge",
 )
-"""Known to this room only: the comparison of tasks lives in `measure`."""
+"""Not in the registry of `judges`: the comparison of tasks lives in this room, above it."""
 
 
 class _Notes(Silent):
