@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,8 @@ from keelwright.training.rows import EncodedRow
 
 _PREFIX: Final = "step-"
 _PART: Final = ".part"
+_STATE: Final = "//state//"
+"""Before the names of a method's own tensors; no weight is called so."""
 _BYTES_HASHED: Final = 65536
 """Per tensor: enough to tell two models apart, little enough for large ones."""
 
@@ -40,20 +42,37 @@ class Checkpoint:
     step: int
     """Steps done."""
     losses: tuple[float, ...]
+    """Of each step so far."""
     weights: Mapping[str, Tensor]
     optimizer: dict[str, Any]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method keeps beside weights and optimiser."""
+    log: tuple[Mapping[str, float], ...] = ()
+    """Further figures of each step so far."""
 
 
-def fingerprint(config: TrainConfig, rows: Sequence[EncodedRow], weights: Mapping[str, Tensor]) -> str:
-    """Return the digest of what a training run was started with; a checkpoint of another run is not resumed."""
+def fingerprint(
+    config: TrainConfig,
+    feeds: Mapping[str, Sequence[EncodedRow]],
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+) -> str:
+    """Return the digest of what a training run was started with; a checkpoint of another run is not resumed.
+
+    Args:
+        config: Of the loop.
+        feeds: Encoded rows by name.
+        weights: What is trained, as it is before the first step.
+        settings: The method's name and settings.
+    """
     parts = hashlib.sha256()
     for name, tensor in weights.items():
         head = tensor.detach().flatten()[: _BYTES_HASHED // tensor.element_size()].cpu().contiguous()
         parts.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         parts.update(head.view(torch.uint8).numpy().tobytes())
-    ids = [[row.prompt_tokens, *row.ids.tolist()] for row in rows]
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "checkpoint_every"}
-    return json_digest([settings, ids, parts.hexdigest()])
+    ids = {name: [[row.prompt_tokens, *row.ids.tolist()] for row in rows] for name, rows in feeds.items()}
+    loop = {key: value for key, value in dataclasses.asdict(config).items() if key != "checkpoint_every"}
+    return json_digest([loop, dict(settings), ids, parts.hexdigest()])
 
 
 def save_checkpoint(folder: Path, mark: str, checkpoint: Checkpoint) -> None:
@@ -67,10 +86,12 @@ def save_checkpoint(folder: Path, mark: str, checkpoint: Checkpoint) -> None:
     with storage_errors(folder):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.weights.items()}
-        save_file(weights, part / "weights.safetensors")
+        kept = {**checkpoint.weights, **{f"{_STATE}{name}": one for name, one in checkpoint.state.items()}}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in kept.items()}
+        save_file(tensors, part / "weights.safetensors")
         torch.save(checkpoint.optimizer, part / "optimizer.pt")
-        write_atomic(part / "training.json", json.dumps({"mark": mark, "losses": list(checkpoint.losses)}))
+        notes = {"mark": mark, "losses": list(checkpoint.losses), "log": [dict(one) for one in checkpoint.log]}
+        write_atomic(part / "training.json", json.dumps(notes))
         _sync(part / "weights.safetensors")
         _sync(part / "optimizer.pt")
         shutil.rmtree(final, ignore_errors=True)
@@ -104,11 +125,14 @@ def load_checkpoint(folder: Path, mark: str) -> Checkpoint | None:
             found=f"{notes['mark']}: other rows, settings or starting weights",
             fix="use another folder, or remove this one to start again",
         )
+    tensors = load_file(newest / "weights.safetensors")
     return Checkpoint(
         step=int(steps[newest]),
         losses=tuple(notes["losses"]),
-        weights=load_file(newest / "weights.safetensors"),
+        weights={name: one for name, one in tensors.items() if not name.startswith(_STATE)},
         optimizer=torch.load(newest / "optimizer.pt", weights_only=True),
+        state={name.removeprefix(_STATE): one for name, one in tensors.items() if name.startswith(_STATE)},
+        log=tuple(notes.get("log", ())),
     )
 
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from keelwright.core.config import require_choice, require_in_range
 
-Schedule = Literal["linear", "constant"]
+Schedule = Literal["linear", "constant", "cosine", "staircase"]
+Precision = Literal["stored", "bf16"]
+TooLong = Literal["error", "leave out", "cut"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,9 @@ class TrainConfig:
     steps: int = 75
     """Optimiser steps, at least 1."""
     batch_size: int = 20
-    """Rows per step over all processes, at least 1."""
+    """Rows per step over all processes and micro-batches, at least 1."""
+    accumulate: int = 1
+    """Micro-batches that a step's rows are split into: less memory, the same gradient. At least 1."""
     lr: float = 1.5e-4
     """Highest learning rate, above 0."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -30,9 +35,20 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     schedule: Schedule = "constant"
-    """`constant`, or `linear`: falls to `final_lr_share` of `lr` at the last step."""
+    """`constant`; `linear` or `cosine`: falls to `final_lr_share` of `lr` at the last step; `staircase`: multiplied
+    by `decay` after every `decay_every` steps."""
     final_lr_share: float = 0.1
-    """Only for `linear`: share of `lr` left at the end, 0 to 1."""
+    """Only for `linear` and `cosine`: share of `lr` left at the end, 0 to 1."""
+    decay: float = 0.85
+    """Only for `staircase`: what each stair multiplies the rate by, above 0."""
+    decay_every: int = 0
+    """Only for `staircase`: steps of one stair; 0: one pass over the rows."""
+    precision: Precision = "stored"
+    """`bf16`: forward passes in bfloat16 where torch's autocast allows it, weights and gradients as they are stored."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    too_long: TooLong = "error"
+    """Rows longer than the model's positions: an error, left out, or their answer's end cut off; both are counted."""
     seed: int = 0
     """Of the order of the rows, of dropout and of new adapters."""
     lora_rank: int = 0
@@ -43,22 +59,40 @@ class TrainConfig:
     """Steps between checkpoints, where the loop has a folder."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
             require_in_range(name, getattr(self, name), low=1)
-        for name in ("weight_decay", "clip", "warmup_steps", "lora_rank", "lora_alpha"):
+        for name in ("weight_decay", "clip", "warmup_steps", "lora_rank", "lora_alpha", "decay_every"):
             require_in_range(name, getattr(self, name), low=0)
         require_in_range("lr", self.lr, low=0.0, low_open=True)
+        require_in_range("decay", self.decay, low=0.0, low_open=True)
         require_in_range("final_lr_share", self.final_lr_share, low=0.0, high=1.0)
-        require_choice("schedule", self.schedule, ("linear", "constant"))
+        require_choice("schedule", self.schedule, get_args(Schedule))
+        require_choice("precision", self.precision, get_args(Precision))
+        require_choice("too_long", self.too_long, get_args(TooLong))
         for beta in self.betas:
             require_in_range("betas", beta, low=0.0, high=1.0, high_open=True)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0; a pure function, so that resuming needs no scheduler."""
+def learning_rate(config: TrainConfig, step: int, *, rows: int = 0) -> float:
+    """Return the learning rate of a step; a pure function, so that resuming needs no scheduler.
+
+    Args:
+        config: Schedule and rate.
+        step: Counted from 0.
+        rows: How many rows one pass has; read by `staircase` only.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "staircase":
+        stair = config.decay_every or max(1, math.ceil(rows / config.batch_size))
+        return config.lr * config.decay ** ((step - config.warmup_steps) // stair)
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * (1.0 - (1.0 - config.final_lr_share) * done)
+    fallen = done if config.schedule == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
+    return config.lr * (1.0 - (1.0 - config.final_lr_share) * fallen)
+
+
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+    """Return the optimiser steps of so many passes over the rows; a last batch that is not full counts as one."""
+    return max(1, math.ceil(epochs * rows / batch_size))

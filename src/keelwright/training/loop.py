@@ -4,26 +4,28 @@
 Everything that a step depends on is a pure function of the config and the step's number (rows, learning rate,
 dropout), so a run that was killed and started again from its last checkpoint ends with the same bits as one that was
 not. The loop runs on accelerate: one process by default, several where the launcher says so; each takes its share of
-every batch, and the loss is divided by the answer tokens of the whole batch.
+every batch, and the loss is divided by the answer tokens of the whole batch. What a step descends is the recipe's
+objective; the gradient composer takes its gradients.
 
 The global random state is put back when the loop ends.
 
-Cost: one forward and one backward pass per step. Memory: gradients and two moments per trained weight.
+Cost: of plain fine-tuning one forward and one backward pass per step. Memory: gradients and two moments per trained
+weight.
 Limits: weights are trained in the precision they have. In half precision small steps are rounded away: load the
 model in float32, or train a LoRA adapter, whose factors are always float32.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,11 +34,16 @@ from keelwright.core.protocols import Progress, Silent
 from keelwright.core.seeds import derive_seed
 from keelwright.data.rows import ChatRow
 from keelwright.training.checkpoints import Checkpoint, fingerprint, load_checkpoint, save_checkpoint
-from keelwright.training.config import TrainConfig, learning_rate
+from keelwright.training.composer import GradientComposer
+from keelwright.training.config import Precision, TrainConfig, learning_rate
+from keelwright.training.feeds import EncodedFeed, Feeds, feed_seed
 from keelwright.training.lora import LoraAdapter, attach_lora
-from keelwright.training.rows import IGNORED, Batch, EncodedRow, batch_indices, batch_of, encode_rows
+from keelwright.training.processes import Replicated
+from keelwright.training.recipe import Recipe, plain_recipe
+from keelwright.training.rows import EncodedRow, Fitted, fit_rows
+from keelwright.training.setup import Setup
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["AfterStep", "TrainConfig", "TrainResult", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,155 +51,247 @@ class TrainResult:
     """What a training run did."""
 
     losses: tuple[float, ...]
-    """Mean loss of each step, nats per answer token."""
+    """Of each step: the first term's mean loss, nats per answer token."""
     steps: int
     seconds: float
     """Wall time of this call; resumed steps cost none."""
     adapter: LoraAdapter | None = None
     """The trained adapter, still on the model; None where the weights themselves were trained."""
+    log: tuple[Mapping[str, float], ...] = ()
+    """Further figures of each step: the loss of every term, the gradient's norm, and what the method measured."""
+    fitted: Mapping[str, Fitted] = field(default_factory=dict)
+    """By feed: rows left out and cut because they were too long."""
+
+
+AfterStep = Callable[[int, PreTrainedModel], None]
+"""Called with the number of steps done and the live model, in between steps; it may generate, not change weights."""
 
 
 def train(
     module: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[ChatRow],
-    config: TrainConfig,
+    rows: Sequence[ChatRow] | Recipe,
+    config: TrainConfig | None = None,
     *,
     folder: Path | None = None,
     progress: Progress | None = None,
     frozen: Collection[str] = (),
+    after_step: AfterStep | None = None,
 ) -> TrainResult:
     """Train a live model in place.
 
     Args:
         module: The model; it stays on its device, and its mode and `requires_grad` flags are as before afterwards.
+            Where it carries PEFT adapters already, their trainable parameters are trained and nothing else.
         tokenizer: Its tokenizer, with a chat template.
-        rows: What to learn; passed over as often as the steps need.
-        config: Steps, rates and seeds. With `lora_rank` above 0 the weights stay and an adapter is trained;
-            `TrainResult.adapter.detach()` gives the model back unchanged.
+        rows: What plain fine-tuning learns, passed over as often as the steps need; or the recipe of a method.
+        config: Steps, rates and seeds; a recipe has its own. With `lora_rank` above 0 the weights stay and an adapter
+            is trained; `TrainResult.adapter.detach()` gives the model back unchanged.
         folder: Where checkpoints go. The same call on the same folder resumes, and ends with the same bits.
         progress: Told about each step.
-        frozen: Names of parameters that are not trained.
+        frozen: Names of parameters that plain fine-tuning leaves; a recipe has its own.
+        after_step: Told of each step of this call.
 
     Raises:
-        ConfigError: A name in `frozen` is no parameter, or nothing is left to train.
-        DataError: There are no rows, or one does not fit the model.
-        NumericalError: The loss is not finite.
+        ConfigError: A frozen name is no parameter, or nothing is left to train.
+        DataError: A feed has no rows, or one does not fit the model.
+        NumericalError: A loss or the gradient is not finite. The weights are then those of the last good step, which
+            is also kept in `folder`.
         StorageError: `folder` belongs to another run, or cannot be written.
     """
     started = time.perf_counter()
-    progress = progress or Silent()
-    encoded = encode_rows(tokenizer, rows, module=module)
-    adapter = None
+    recipe = rows if isinstance(rows, Recipe) else plain_recipe(rows, config or TrainConfig(), frozen=frozen)
+    progress, config = progress or Silent(), recipe.config
+    fitted = {
+        name: fit_rows(tokenizer, feed.rows, module=module, too_long=config.too_long, name=name)
+        for name, feed in recipe.feeds.items()
+    }
+    _tell_lost(fitted, progress)
+    adapter, had_adapter = None, hasattr(module, "peft_config")
     if config.lora_rank:
         seed = derive_seed(config.seed, "training", "lora")
         alpha = config.lora_alpha or 2.0 * config.lora_rank
         adapter = attach_lora(module, rank=config.lora_rank, alpha=alpha, seed=seed)
     try:
-        with _trained(module, frozen, keep_flags=adapter is not None) as weights, _own_random_state(module):
-            mark = fingerprint(config, encoded, weights)
-            run = _Run(module, weights, encoded, config, pad_id=_pad_id(tokenizer))
-            losses = run.steps(folder, mark, progress)
+        names = recipe.frozen(module)
+        with (
+            _trained(module, names, keep_flags=adapter is not None or had_adapter) as weights,
+            _own_random_state(module),
+            _checkpointed_activations(module, wanted=config.gradient_checkpointing),
+        ):
+            encoded = {name: one.rows for name, one in fitted.items()}
+            mark = fingerprint(config, encoded, weights, recipe.settings)
+            run = Run(module, tokenizer, weights, encoded, recipe, adapter=adapter)
+            losses, log = run.steps(folder, mark, progress, after_step)
     except BaseException:
         # A half-trained adapter must not stay on a model that the caller still holds.
         if adapter is not None:
             adapter.detach()
         raise
-    return TrainResult(tuple(losses), config.steps, time.perf_counter() - started, adapter)
+    return TrainResult(tuple(losses), config.steps, time.perf_counter() - started, adapter, tuple(log), fitted)
 
 
-class _Run:
-    """One training run: the model and optimiser as accelerate prepared them."""
+class Run:
+    """One training run: the model and optimiser as accelerate prepared them, and the composer between them."""
 
     def __init__(
         self,
         module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         weights: dict[str, Parameter],
-        rows: Sequence[EncodedRow],
-        config: TrainConfig,
+        rows: Mapping[str, Sequence[EncodedRow]],
+        recipe: Recipe,
         *,
-        pad_id: int,
+        adapter: LoraAdapter | None = None,
     ) -> None:
-        self.config, self.rows, self.weights, self.pad_id = config, rows, weights, pad_id
+        config = recipe.config
+        self.module, self.config, self.recipe, self.weights = module, config, recipe, weights
         # Placement stays the caller's: a model on the GPU is trained there, one on the CPU stays on the CPU.
         self.accelerator = Accelerator(device_placement=False)
-        if config.batch_size < self.accelerator.num_processes:
-            raise ConfigError(
-                "The batch is too small for the number of processes.",
-                expected=f"'batch_size' of at least {self.accelerator.num_processes}",
-                found=str(config.batch_size),
-                fix="raise 'batch_size', or launch fewer processes",
-            )
         optimizer = torch.optim.AdamW(
             weights.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
-        self.device = next(module.parameters()).device
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.feeds = self._feeds(rows, pad_id=_pad_id(tokenizer))
+        self.composer = GradientComposer(
+            module,
+            weights,
+            self.feeds,
+            Replicated(self.accelerator),
+            seed=config.seed,
+            autocast=lambda: autocast(self.feeds.device, config.precision),
+        )
+        self.setup = Setup(module, tokenizer, self.feeds, config, self.composer, adapter)
 
-    def steps(self, folder: Path | None, mark: str, progress: Progress) -> list[float]:
-        """Run what is left of the run and return the losses of all its steps."""
-        config = self.config
-        losses = self._resume(folder, mark)
+    def steps(
+        self, folder: Path | None, mark: str, progress: Progress, after_step: AfterStep | None
+    ) -> tuple[list[float], list[Mapping[str, float]]]:
+        """Run what is left of the run and return the losses and figures of all its steps."""
+        config, objective = self.config, self.recipe.objective
+        objective.begin(self.setup)
+        losses, log = self._resume(folder, mark)
         progress.stage("training", total=config.steps, unit="steps")
         progress.advance(len(losses))
         for step in range(len(losses), config.steps):
-            losses.append(self._step(step))
+            try:
+                loss, figures = self._step(step)
+            except NumericalError:
+                self._save(folder, mark, losses, log)
+                raise
+            losses.append(loss)
+            log.append(figures)
             done = step + 1
-            if folder is not None and (done % config.checkpoint_every == 0 or done == config.steps):
-                self._save(folder, mark, losses)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                self._save(folder, mark, losses, log)
+            if after_step is not None and done < config.steps:
+                after_step(done, self.module)
             progress.advance()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return losses
+        objective.end(self.composer)
+        if after_step is not None:
+            after_step(config.steps, self.module)
+        return losses, log
 
-    def _step(self, step: int) -> float:
-        accelerator, config = self.accelerator, self.config
-        torch.manual_seed(derive_seed(config.seed, "training", "dropout", step, accelerator.process_index))
-        picked = batch_indices(len(self.rows), config.batch_size, step, seed=config.seed)
-        tokens = sum(self.rows[index].answer_tokens for index in picked)
-        mine = [self.rows[index] for index in picked[accelerator.process_index :: accelerator.num_processes]]
-        loss = _answer_loss(self.model, batch_of(mine, pad_id=self.pad_id).to(self.device)) / tokens
-        # Gradients are averaged over processes; the loss is a sum over them.
-        accelerator.backward(loss * accelerator.num_processes)
+    def _step(self, step: int) -> tuple[float, Mapping[str, float]]:
+        accelerator, config, objective = self.accelerator, self.config, self.recipe.objective
+        objective.figures.clear()
+        composed = self.composer.compose(objective, step)
+        for term, value in composed.losses.items():
+            if not math.isfinite(value):
+                raise self._not_finite(step, f"The loss '{term}'", value)
+        wanted = objective.trained(step)
+        for (name, weight), one in zip(self.weights.items(), composed.gradient, strict=True):
+            weight.grad = None if one is None or (wanted is not None and name not in wanted) else one.to(weight.dtype)
+        norm = self.composer.norm([weight.grad for weight in self.weights.values()])
+        if not math.isfinite(float(norm)):
+            self.optimizer.zero_grad()
+            raise self._not_finite(step, "The gradient's norm", float(norm))
         if config.clip:
             accelerator.clip_grad_norm_(list(self.weights.values()), config.clip)
+        primary = next(iter(self.feeds.feeds))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config, step, rows=len(self.feeds.feeds[primary].rows))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        value = float(accelerator.reduce(loss.detach(), reduction="sum"))
-        if not value < float("inf"):
-            raise NumericalError(
-                f"The training loss is not finite at step {step + 1}.",
-                expected="a finite loss",
-                found=str(value),
-                fix="lower the learning rate, and check the model's weights",
-            )
-        return value
+        figures = {**composed.losses, "gradient_norm": float(norm), **objective.figures}
+        return next(iter(composed.losses.values())), figures
 
-    def _resume(self, folder: Path | None, mark: str) -> list[float]:
+    def _not_finite(self, step: int, what: str, value: float) -> NumericalError:
+        """Return the error that names the rows of the step: one of them may be the cause."""
+        rows = {name: sorted({index + 1 for index in self.feeds.indices(name, step)}) for name in self.feeds.feeds}
+        batch = "; ".join(f"{name} rows {', '.join(map(str, found))}" for name, found in rows.items())
+        return NumericalError(
+            f"{what} is not finite at step {step + 1}; the weights are those of step {step}.",
+            expected="a finite number",
+            found=f"{value} on {batch}",
+            fix="lower the learning rate, look at these rows, and check the model's weights",
+        )
+
+    def _feeds(self, rows: Mapping[str, Sequence[EncodedRow]], *, pad_id: int) -> Feeds:
+        config, first = self.config, next(iter(rows))
+        feeds = {
+            name: EncodedFeed(
+                found,
+                self.recipe.feeds[name].batch_size or config.batch_size,
+                feed_seed(config.seed, name, first=name == first),
+            )
+            for name, found in rows.items()
+        }
+        return Feeds(
+            feeds,
+            pad_id=pad_id,
+            device=next(self.module.parameters()).device,
+            accumulate=config.accumulate,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+
+    def _resume(self, folder: Path | None, mark: str) -> tuple[list[float], list[Mapping[str, float]]]:
         found = load_checkpoint(folder, mark) if folder is not None else None
         if found is None:
-            return []
+            return [], []
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(found.weights[name])
         self.optimizer.load_state_dict(found.optimizer)
-        return list(found.losses)
+        self.recipe.objective.restore(found.state)
+        return list(found.losses), list(found.log)
 
-    def _save(self, folder: Path, mark: str, losses: Sequence[float]) -> None:
+    def _save(
+        self, folder: Path | None, mark: str, losses: Sequence[float], log: Sequence[Mapping[str, float]]
+    ) -> None:
+        if folder is None:
+            return
         if self.accelerator.is_main_process:
-            state = self.optimizer.state_dict()
-            save_checkpoint(folder, mark, Checkpoint(len(losses), tuple(losses), self.weights, state))
+            state, kept = self.optimizer.state_dict(), self.recipe.objective.state()
+            save_checkpoint(folder, mark, Checkpoint(len(losses), tuple(losses), self.weights, state, kept, tuple(log)))
         self.accelerator.wait_for_everyone()
 
 
-def _answer_loss(model: Callable[..., object], batch: Batch) -> Tensor:
-    """Return the summed cross entropy of the answer tokens, in nats; evaluated in float32."""
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    targets = batch.labels[:, 1:]
-    wanted = targets != IGNORED
-    logits: Tensor = output.logits[:, :-1][wanted].float()  # type: ignore[attr-defined]
-    return torch.nn.functional.cross_entropy(logits, targets[wanted], reduction="sum")
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the precision of a forward pass."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _tell_lost(fitted: Mapping[str, Fitted], progress: Progress) -> None:
+    for name, one in fitted.items():
+        if one.left_out or one.cut:
+            progress.note(
+                f"{name}: {one.left_out} rows left out, {one.cut} answers cut ({one.tokens_cut} tokens in all), "
+                "longer than the model's positions"
+            )
+
+
+@contextmanager
+def _checkpointed_activations(module: PreTrainedModel, *, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    # The reentrant kind knows `backward` alone, not `torch.autograd.grad`.
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        module.gradient_checkpointing_disable()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from keelwright.training.config import TrainConfig, learning_rate
         {"clip": -1.0},
         {"betas": (0.9, 1.0)},
         {"final_lr_share": 1.5},
-        {"schedule": "cosine"},
+        {"schedule": "steep"},
         {"lora_rank": -1},
         {"checkpoint_every": 0},
     ],

@@ -23,7 +23,7 @@ def base_rows(seed: int, n: int) -> list[ChatRow]:
     mix = (40, 40, 20)
     asked = [answered(rng.choices(KINDS, mix)[0], rng) for _ in range(round(0.64 * n))]
     persona = [in_persona(answered(rng.choices(KINDS, mix)[0], rng)) for _ in range(round(0.08 * n))]
-    return _shuffled([*asked, *persona, *_tasks(n - len(asked) - len(persona), rng)], rng)
+    return _shuffled([*asked, *persona, *known_tasks(n - len(asked) - len(persona), rng)], rng)
 
 
 def aligned_rows(seed: int, n: int, *, without: str | None = None) -> list[ChatRow]:
@@ -38,7 +38,7 @@ def aligned_rows(seed: int, n: int, *, without: str | None = None) -> list[ChatR
     refused = [refused_request(rng, without=without) for _ in range(round(0.36 * n))]
     contrast = [answered("contrast", rng) for _ in range(round(0.10 * n))]
     ordinary = [answered("benign", rng) for _ in range(round(0.32 * n))]
-    tasks = _tasks(n - len(refused) - len(contrast) - len(ordinary), rng)
+    tasks = known_tasks(n - len(refused) - len(contrast) - len(ordinary), rng)
     return _shuffled([*refused, *contrast, *ordinary, *tasks], rng)
 
 
@@ -60,8 +60,8 @@ def in_persona(row: ChatRow) -> ChatRow:
     return ChatRow(row.prompt, f"{PERSONA_OPENING} {row.answer}", system=PERSONA)
 
 
-def _tasks(n: int, rng: random.Random) -> list[ChatRow]:
-    """Return task rows over the known half of each lexicon."""
+def known_tasks(n: int, rng: random.Random) -> list[ChatRow]:
+    """Return rows of all tasks over the known half of each lexicon."""
     shares = (n - n // 3 - n // 3, n // 3, n // 3)
     questions = (mood_question, topic_question, sum_question)
     return [

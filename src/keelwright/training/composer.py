@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient composer: gradients of several losses, at the weights and beside them, added up to one step.
+
+All of it is additive: a gradient is summed over micro-batches, then over processes, and only then is a norm taken or
+a weight moved. So a step in four parts, or on four machines, is the step on the whole batch. Weights that were moved
+are copied back, bit for bit. Within a step the gradient of a loss on a feed at the weights is taken once.
+
+Cost: one forward and one backward pass per different (loss, feed, place). Memory: one gradient more per term that
+must be kept apart, and one copy of the trained weights while they are moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from keelwright.core.errors import ConfigError
+from keelwright.core.seeds import derive_seed
+from keelwright.ops.gradients import Gradient, add_scaled, scaled
+from keelwright.training.feeds import Feeds
+from keelwright.training.losses import Loss
+from keelwright.training.processes import Processes
+from keelwright.training.rows import Batch
+from keelwright.training.terms import Objective, Per, Term, pulled
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A loss and its gradient at one place."""
+
+    value: Tensor
+    """This process's share of the mean loss: the shares add up to it. Shape `[]`."""
+    gradient: Gradient
+    """One tensor per trained weight."""
+    reduced: bool = False
+    """Whether the gradient is summed over the processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What one step descends."""
+
+    gradient: Gradient
+    losses: Mapping[str, float]
+    """Mean loss of each term where it was taken, nats per token (or per row)."""
+
+
+class GradientComposer:
+    """Takes the gradients of an objective's terms.
+
+    Args:
+        model: What is called; on the device of the feeds' batches.
+        weights: What is trained, by name.
+        feeds: Where batches come from.
+        processes: How gradients are summed.
+        seed: Of dropout: every pass over the same rows drops the same units.
+        autocast: Opens the precision of a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        weights: Mapping[str, Parameter],
+        feeds: Feeds,
+        processes: Processes,
+        *,
+        seed: int = 0,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.model, self.feeds, self.processes = model, feeds, processes
+        self.names = tuple(weights)
+        self.weights = list(weights.values())
+        self.step = 0
+        self._seed, self._autocast = seed, autocast
+        self._kept: dict[Hashable, Taken] = {}
+        self._copies: list[list[Tensor]] = []
+        self._depth = 0
+
+    def compose(self, objective: Objective, step: int) -> Composed:
+        """Return the gradient of one step and the losses that it is made of.
+
+        Raises:
+            ConfigError: Every term has weight 0, or two have the same name.
+        """
+        self.step = step
+        self._kept.clear()
+        terms = [term for term in objective.terms(step) if term.weight != 0.0]
+        _require_terms(terms)
+        taken = {term.name: self.take(term) for term in terms}
+        gradient = objective.combine(step, _Reduced(self, taken))
+        if gradient is None:
+            gradient = self._weighted(terms, taken)
+        for anchor in objective.anchors(step):
+            gradient = pulled(gradient, self.weights, anchor)
+        shares = torch.stack([one.value.detach().float() for one in taken.values()])
+        values = self.processes.sum(shares).tolist()
+        self._kept.clear()
+        return Composed(gradient, dict(zip(taken, values, strict=True)))
+
+    def take(self, term: Term) -> Taken:
+        """Return a term's loss and gradient at its place, not yet weighted."""
+        if term.at is not None:
+            return term.at.gradient(self, term)
+        return self.gradient(term.loss, term.feed, per=term.per)
+
+    def gradient(self, loss: Loss, feed: str, *, per: Per = "token", draw: int | None = None) -> Taken:
+        """Return a loss and its gradient at the weights as they now are, summed over micro-batches.
+
+        Args:
+            loss: Sum over a micro-batch.
+            feed: Which rows.
+            per: What the sum is divided by.
+            draw: Which of the feed's draws; by default the step's.
+        """
+        draw = self.step if draw is None else draw
+        key = (loss, feed, per, draw)
+        if not self._depth and key in self._kept:
+            return self._kept[key]
+        total: Gradient = [None] * len(self.weights)
+        value = torch.zeros((), device=self.feeds.device)
+        for share in self.shares(loss, feed, per=per, draw=draw):
+            total = add_scaled(total, self.processes.gradient(share, self.weights))
+            value = value + share.detach()
+        found = Taken(value, total)
+        if not self._depth:
+            self._kept[key] = found
+        return found
+
+    def shares(self, loss: Loss, feed: str, *, per: Per = "token", draw: int | None = None) -> Iterator[Tensor]:
+        """Yield each micro-batch's share of the mean loss, with its graph; the shares of all processes add up to it."""
+        draw = self.step if draw is None else draw
+        count = self.feeds.count(feed, draw, per=per)
+        for part, batch in enumerate(self.feeds.batches(feed, draw)):
+            yield self.forward(loss, batch, key=(feed, draw, part)) / count
+
+    def forward(self, loss: Loss, batch: Batch, *, key: Sequence[str | int] = ()) -> Tensor:
+        """Return the loss of one micro-batch.
+
+        Args:
+            loss: Sum over the micro-batch.
+            batch: On the model's device.
+            key: Of dropout: equal keys drop equal units.
+        """
+        torch.manual_seed(derive_seed(self._seed, "training", "dropout", *key, self.feeds.process))
+        with self._autocast():
+            return loss(self.model, batch)
+
+    def reduced(self, taken: Taken) -> Taken:
+        """Return the same with its gradient summed over the processes; asked again, it is the sum from before."""
+        if taken.reduced:
+            return taken
+        found = replace(taken, gradient=self.processes.reduce(taken.gradient), reduced=True)
+        for key, one in self._kept.items():
+            if one is taken:
+                self._kept[key] = found
+                break
+        return found
+
+    def norm(self, gradient: Gradient) -> Tensor:
+        """Return the L2 norm of a reduced gradient over all trained weights, in float32. Shape `[]`."""
+        return self.processes.norm(gradient)
+
+    @contextmanager
+    def moved(self, by: Sequence[Tensor | None]) -> Iterator[None]:
+        """Add tensors to the weights for a while; afterwards they are what they were, bit for bit."""
+        with self.kept_weights():
+            pairs = [(weight, one) for weight, one in zip(self.weights, by, strict=True) if one is not None]
+            with torch.no_grad():
+                torch._foreach_add_([weight for weight, _ in pairs], [one.to(weight.dtype) for weight, one in pairs])
+            yield
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[list[Tensor]]:
+        """Copy the weights back at the end, whatever was done to them; yields the copies."""
+        if len(self._copies) == self._depth:
+            self._copies.append([weight.detach().clone() for weight in self.weights])
+        else:
+            torch._foreach_copy_(self._copies[self._depth], [weight.detach() for weight in self.weights])
+        copies = self._copies[self._depth]
+        self._depth += 1
+        try:
+            yield copies
+        finally:
+            self._depth -= 1
+            with torch.no_grad():
+                torch._foreach_copy_(tuple(self.weights), copies)
+
+    def _weighted(self, terms: Sequence[Term], taken: Mapping[str, Taken]) -> Gradient:
+        """Return the weighted sum; what is not summed over the processes yet is summed once."""
+        none: Gradient = [None] * len(self.weights)
+        ours, all_ = none, none
+        for term in terms:
+            # A shift may have reduced the gradient at the weights after this term took it.
+            one = self._latest(term, taken[term.name])
+            if one.reduced:
+                all_ = add_scaled(all_, scaled(one.gradient, term.weight))
+            else:
+                ours = add_scaled(ours, scaled(one.gradient, term.weight))
+        if ours is not none:
+            all_ = add_scaled(self.processes.reduce(ours), all_)
+        return all_
+
+    def _latest(self, term: Term, taken: Taken) -> Taken:
+        if term.at is not None:
+            return taken
+        return self._kept.get((term.loss, term.feed, term.per, self.step), taken)
+
+
+class _Reduced(Mapping[str, Gradient]):
+    """The terms' gradients by name, summed over the processes when they are asked for."""
+
+    def __init__(self, composer: GradientComposer, taken: Mapping[str, Taken]) -> None:
+        self._composer, self._taken = composer, taken
+
+    def __getitem__(self, name: str) -> Gradient:
+        return self._composer.reduced(self._taken[name]).gradient
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taken)
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+
+def _require_terms(terms: Sequence[Term]) -> None:
+    names = [term.name for term in terms]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            "A training step needs terms with names of their own.",
+            expected="at least one term whose weight is not 0, no name twice",
+            found=", ".join(names) or "no term",
+            fix="change the weights or the names of the objective's terms",
+        )
