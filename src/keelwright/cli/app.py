@@ -13,12 +13,15 @@ from keelwright.cli.audit import audit
 from keelwright.cli.compare import compare
 from keelwright.cli.demo import demo
 from keelwright.cli.gate import gate
+from keelwright.cli.harden import harden
 from keelwright.cli.heal import heal
 from keelwright.cli.lab import app as lab
 from keelwright.cli.methods import methods
 from keelwright.cli.repair import repair
 from keelwright.cli.runs import app as runs
 from keelwright.cli.screen import print_json_error
+from keelwright.cli.stress import stress
+from keelwright.cli.tune import tune
 from keelwright.cli.weights import app as weights
 from keelwright.core.errors import ExitCode
 
@@ -54,7 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (demo, heal, audit, compare, gate, repair, methods):
+for command in (demo, heal, audit, compare, gate, repair, tune, harden, stress, methods):
     app.command()(command)
 app.add_typer(lab, name="lab")
 app.add_typer(runs, name="runs")

@@ -15,16 +15,21 @@ from keelwright.core.errors import ConfigError
 
 Rows = Sequence[Mapping[str, Any]]
 
+_HEADINGS: Final = {"passes_per_step": "passes/step"}
+_BLANK_AT_ZERO: Final = frozenset({"passes_per_step"})
+"""Columns in which zero means that the figure does not apply: weight arithmetic has no steps."""
+
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show one of them.")] = None,
+    room: Annotated[str | None, typer.Option(help="Only methods of this room: harden, stress, repair, ...")] = None,
     judges: Annotated[bool, typer.Option("--judges", help="List judges instead.")] = False,
     suites: Annotated[bool, typer.Option("--suites", help="List suites instead.")] = False,
     sets: Annotated[bool, typer.Option("--sets", help="List data sets instead.")] = False,
     metrics: Annotated[bool, typer.Option("--metrics", help="List metrics instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List every method with its room, status, needs and source; or judges, suites, data sets, metrics."""
+    """List every method with its room, status, passes per step, needs and source; or judges, suites, sets, metrics."""
     with errors_as_exit_codes(as_json=as_json):
         asked = {"judge": judges, "suite": suites, "data set": sets, "metric": metrics}
         kinds = [kind for kind, wanted in asked.items() if wanted]
@@ -35,8 +40,18 @@ def methods(
                 found=f"{len(kinds)} of them",
                 fix="ask for one at a time",
             )
+        if room is not None and kinds:
+            raise ConfigError(
+                f"'--room' has no meaning for a list of {kinds[0]}s.",
+                expected="--room with methods",
+                found=f"--room {room}",
+                fix="drop --room",
+            )
         read, columns = _LISTS[kinds[0] if kinds else "method"]
-        rows = _named(read(), name, kinds[0]) if name and kinds else _method(name) if name else read()
+        if kinds:
+            rows = _named(read(), name, kinds[0]) if name else read()
+        else:
+            rows = _method(name, room) if name else _methods_of(room)
         if as_json:
             print_json(rows)
             return
@@ -50,9 +65,13 @@ def _show(rows: Rows, columns: Sequence[str], *, title: bool) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for position, column in enumerate(columns):
-        table.add_column(column.replace("_", " "), no_wrap=position < len(columns) - 1)
+        is_number = column in _BLANK_AT_ZERO
+        heading = _HEADINGS.get(column, column.replace("_", " "))
+        table.add_column(heading, no_wrap=position < len(columns) - 1, justify="right" if is_number else "left")
     for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(
+            *("" if column in _BLANK_AT_ZERO and not row[column] else _cell(row[column]) for column in columns)
+        )
     console = stdout_console()
     console.print(table)
     if title and rows[0].get("title"):
@@ -65,6 +84,8 @@ def _cell(value: Any) -> Any:
     words = {True: "yes", False: "no", None: ""}
     if value is None or isinstance(value, bool):
         return Text(words[value])
+    if isinstance(value, float):
+        return Text(f"{value:g}")
     return Text(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
 
@@ -74,10 +95,24 @@ def _methods() -> Rows:
     return [line.to_mapping() for line in catalogue().values()]
 
 
-def _method(name: str) -> Rows:
+def _methods_of(room: str | None) -> Rows:
+    """Return the methods of one room, or of all."""
+    rows = _methods()
+    rooms = list(dict.fromkeys(str(row["room"]) for row in rows))
+    if room is not None and room not in rooms:
+        raise ConfigError(
+            f"There is no room '{room}' with methods.",
+            expected=f"one of {', '.join(rooms)}",
+            found=room,
+            fix=nearest(room, rooms),
+        )
+    return [row for row in rows if room in (None, row["room"])]
+
+
+def _method(name: str, room: str | None) -> Rows:
     from keelwright.core.catalogue import find_method
 
-    return [find_method(name).to_mapping()]
+    return [find_method(name, room=room).to_mapping()]
 
 
 def _judges() -> Rows:
@@ -148,7 +183,7 @@ def _named(rows: Rows, name: str, kind: str) -> Rows:
 
 
 _LISTS: Final[Mapping[str, tuple[Callable[[], Rows], tuple[str, ...]]]] = {
-    "method": (_methods, ("name", "room", "status", "needs", "source")),
+    "method": (_methods, ("name", "room", "status", "passes_per_step", "needs", "source")),
     "judge": (_judges, ("name", "knows_harm", "needs", "says")),
     "suite": (_suites, ("name", "sets", "says")),
     "data set": (_sets, ("name", "licence", "holds")),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
+from keelwright.core.catalogue_training import training_lines
 from keelwright.core.config import nearest
 from keelwright.core.errors import ConfigError
 
@@ -35,8 +36,8 @@ class MethodLine:
     status: Status
     needs: tuple[str, ...]
     """Roles and inputs: models, data."""
-    passes_per_step: int
-    """Forward and backward passes per optimiser step; 0 for pure weight arithmetic."""
+    passes_per_step: float
+    """Forward and backward passes per optimiser step, plain fine-tuning being 1; 0 for pure weight arithmetic."""
     path: str
     """`package.module:Class` of the thin class that meets the room's protocol."""
 
@@ -366,7 +367,7 @@ def catalogue() -> dict[str, MethodLine]:
     Raises:
         ConfigError: A package names a method that exists already, or offers something that is no `MethodLine`.
     """
-    lines = {line.name: line for line in _OWN}
+    lines = {line.name: line for line in (*_OWN, *training_lines(MethodLine))}
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda one: one.name):
         line = point.load()
         if not isinstance(line, MethodLine) or line.name in lines:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from keelwright.core.config import require_in_range
 from keelwright.core.errors import DataError
 from keelwright.data.json_lines import read_lines
 
@@ -18,20 +20,43 @@ _FIX: Final = 'write one object per line, e.g. {"prompt": "...", "answer": "..."
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How much of an answer's given beginning is kept, in tokens of the model that learns from it."""
+
+    share: float = 1.0
+    """Share of the tokens that may be kept, rounded up to whole ones; above 0, at most 1."""
+    most: int | None = None
+    """Only so many of the first tokens may be kept, at least 1; None: all of them."""
+
+    def __post_init__(self) -> None:
+        require_in_range("share", self.share, low=0.0, high=1.0, low_open=True)
+        require_in_range("most", 1 if self.most is None else self.most, low=1)
+
+    def kept(self, tokens: int) -> int:
+        """Return how many of the first tokens stay: uniform over 1, 2, ... where `share` is uniform over (0, 1]."""
+        return math.ceil(self.share * (tokens if self.most is None else min(tokens, self.most)))
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRow:
     """One turn to learn from. The loss falls on the answer alone."""
 
     prompt: str
     answer: str
     system: str | None = None
+    prefill: str = ""
+    """How the assistant's reply begins: the model reads it and does not learn it. The answer follows without a gap."""
+    prefill_cut: Cut | None = None
+    """Where the beginning is broken off; None: it is kept whole."""
 
 
 def read_chat_rows(path: Path | str) -> list[ChatRow]:
     """Read the rows of a JSON-lines file; blank lines are skipped.
 
     Args:
-        path: UTF-8 text. Each line holds `prompt` and `answer` (or `response`, `completion`) and perhaps `system`;
-            or `messages`: one user message and the assistant's reply, perhaps after a system message.
+        path: UTF-8 text. Each line holds `prompt` and `answer` (or `response`, `completion`), perhaps `system`, and
+            perhaps `prefill`, the beginning of the reply, which is given and not learned; or `messages`: one user
+            message and the assistant's reply, perhaps after a system message.
 
     Raises:
         MissingError: There is no such file.
@@ -55,7 +80,8 @@ def _read_row(line: str, *, where: str) -> ChatRow:
         return _from_messages(row["messages"], where=where)
     answer_key = next((key for key in _ANSWER_KEYS if key in row), "answer")
     system = None if row.get("system") is None else _text_of(row, "system", where=where)
-    return ChatRow(_text_of(row, "prompt", where=where), _text_of(row, answer_key, where=where), system)
+    prefill = "" if row.get("prefill") in (None, "") else _text_of(row, "prefill", where=where)
+    return ChatRow(_text_of(row, "prompt", where=where), _text_of(row, answer_key, where=where), system, prefill)
 
 
 def _text_of(row: Mapping[str, Any], name: str, *, where: str) -> str:

@@ -24,7 +24,8 @@ Differs from the official code:
     (there: h). The defaults are those of the paper's scripts, not those of the code's argument parser.
 
 Cost:
-    Three forward and backward passes per step; two more gradients and one copy of the trained weights.
+    Three forward and backward passes per step; two more gradients and one copy of the trained weights. Over several
+    processes three sums of a gradient, one of them for the figures.
 
 Limits:
     Holds against small steps of first-order tuning; more steps or a higher rate overcome it. Needs harmful answers.
@@ -34,17 +35,22 @@ Limits:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 from keelwright.core.config import require_in_range
 from keelwright.data.asking import PLAIN, Asking
 from keelwright.data.row_sets import RowSets
+from keelwright.ops.gradients import Gradient, add_scaled
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.terms import Objective, Term, WeightShift
+
+if TYPE_CHECKING:
+    from keelwright.training.composer import GradientComposer
+    from keelwright.training.setup import Setup
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +72,18 @@ class BoosterConfig:
 
 @dataclass
 class BoosterObjective(Objective):
-    """Refusals, and a small drop of the harmful loss."""
+    """Refusals, and a small drop of the harmful loss.
+
+    Its figures, beside the losses of its terms (whose difference is the drop): `harm_gradient`, ||grad h(w)||, and
+    `harm_gradient_change`, ||grad h(w) - grad h(w')||.
+    """
 
     config: BoosterConfig = BoosterConfig()
+    _composer: GradientComposer | None = field(default=None, init=False)
+
+    def begin(self, setup: Setup) -> None:
+        """Keep what takes norms."""
+        self._composer = setup.composer
 
     def terms(self, step: int) -> Sequence[Term]:
         """Return f + lambda (h(w) - h(w'))."""
@@ -81,6 +96,13 @@ class BoosterObjective(Objective):
             Term("harm", "harmful", weight=lambda_),
             Term("harm after a step", "harmful", weight=-lambda_, at=WeightShift(-alpha)),
         )
+
+    def combine(self, step: int, gradients: Mapping[str, Gradient]) -> None:
+        """Measure the two harmful gradients; the step is their weighted sum."""
+        if self._composer is not None and "harm" in gradients:
+            before, after = gradients["harm"], gradients["harm after a step"]
+            self.figures["harm_gradient"] = float(self._composer.norm(before))
+            self.figures["harm_gradient_change"] = float(self._composer.norm(add_scaled(before, after, -1.0)))
 
 
 @dataclass(frozen=True, slots=True)

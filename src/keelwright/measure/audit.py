@@ -237,7 +237,7 @@ def examine(
             found=f"the text '{utility.name}' alone",
             fix="name the model that this one came from",
         )
-    bench = _Bench(tuple(parts), utility, sink, limit, seed, check, progress)
+    bench = Examination(tuple(parts), utility, sink, limit, seed, check, progress)
     seconds: dict[str, float] = {}
     reference: tuple[Examined, WindowLosses | None] | None = None
     if against is not None:
@@ -307,8 +307,8 @@ def _open(model: ModelLike, device: str, offline: bool, progress: Progress) -> E
 
 
 @dataclass(frozen=True, slots=True)
-class _Bench:
-    """What every model of one audit is measured with."""
+class Examination:
+    """What every model of one audit, or of one arena, is measured with."""
 
     parts: tuple[Part, ...]
     utility: Utility | None

@@ -52,7 +52,7 @@ def squared_norm(gradient: Sequence[Tensor | None]) -> Tensor:
     present = [one.float() for one in gradient if one is not None]
     if not present:
         return torch.zeros(())
-    return torch.stack(torch._foreach_norm(present)).square().sum()
+    return _whole(torch.stack(torch._foreach_norm(present)).square().sum())
 
 
 def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
@@ -61,4 +61,10 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
     products = torch._foreach_mul([one.float() for one, _ in pairs], [two.float() for _, two in pairs])
-    return torch.stack([one.sum() for one in products]).double().sum()
+    return torch.stack([_whole(one.sum()) for one in products]).double().sum()
+
+
+def _whole(total: Tensor) -> Tensor:
+    """Return a sum over all processes where the tensors are spread over them (FSDP2): a part reads as a number too."""
+    full: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
+    return full

@@ -26,6 +26,7 @@ from keelwright.core.errors import StorageError
 from keelwright.core.files import storage_errors, sync_folder, write_atomic
 from keelwright.training.config import TrainConfig
 from keelwright.training.rows import EncodedRow
+from keelwright.training.sharding import whole
 
 _PREFIX: Final = "step-"
 _PART: Final = ".part"
@@ -67,7 +68,7 @@ def fingerprint(
     """
     parts = hashlib.sha256()
     for name, tensor in weights.items():
-        head = tensor.detach().flatten()[: _BYTES_HASHED // tensor.element_size()].cpu().contiguous()
+        head = whole(tensor).flatten()[: _BYTES_HASHED // tensor.element_size()].cpu().contiguous()
         parts.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         parts.update(head.view(torch.uint8).numpy().tobytes())
     ids = {name: [[row.prompt_tokens, *row.ids.tolist()] for row in rows] for name, rows in feeds.items()}

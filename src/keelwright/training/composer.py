@@ -5,13 +5,15 @@ All of it is additive: a gradient is summed over micro-batches, then over proces
 a weight moved. So a step in four parts, or on four machines, is the step on the whole batch. Weights that were moved
 are copied back, bit for bit. Within a step the gradient of a loss on a feed at the weights is taken once.
 
+Gradients of weights in half precision are added up in float32: a method lives on the small difference of two.
+
 Cost: one forward and one backward pass per different (loss, feed, place). Memory: one gradient more per term that
 must be kept apart, and one copy of the trained weights while they are moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -24,7 +26,7 @@ from keelwright.core.seeds import derive_seed
 from keelwright.ops.gradients import Gradient, add_scaled, scaled
 from keelwright.training.feeds import Feeds
 from keelwright.training.losses import Loss
-from keelwright.training.processes import Processes
+from keelwright.training.processes import Processes, local
 from keelwright.training.rows import Batch
 from keelwright.training.terms import Objective, Per, Term, pulled
 
@@ -77,7 +79,10 @@ class GradientComposer:
         self.weights = list(weights.values())
         self.step = 0
         self._seed, self._autocast = seed, autocast
-        self._kept: dict[Hashable, Taken] = {}
+        # Both hold only while a step is composed: what is taken before or after it may be taken at other weights.
+        self._kept: dict[Hashable, Taken] | None = None
+        self._sums: dict[int, tuple[Taken, Taken]] | None = None
+        self._wanted: list[bool] | None = None
         self._copies: list[list[Tensor]] = []
         self._depth = 0
 
@@ -88,18 +93,22 @@ class GradientComposer:
             ConfigError: Every term has weight 0, or two have the same name.
         """
         self.step = step
-        self._kept.clear()
-        terms = [term for term in objective.terms(step) if term.weight != 0.0]
-        _require_terms(terms)
-        taken = {term.name: self.take(term) for term in terms}
-        gradient = objective.combine(step, _Reduced(self, taken))
-        if gradient is None:
-            gradient = self._weighted(terms, taken)
+        self._kept, self._sums = {}, {}
+        try:
+            terms = [term for term in objective.terms(step) if term.weight != 0.0]
+            _require_terms(terms)
+            names = objective.trained(step)
+            self._wanted = None if names is None else [name in names for name in self.names]
+            taken = {term.name: self.take(term) for term in terms}
+            gradient = objective.combine(step, _Reduced(self, taken))
+            if gradient is None:
+                gradient = self._weighted(terms, taken)
+        finally:
+            self._kept, self._sums, self._wanted = None, None, None
         for anchor in objective.anchors(step):
             gradient = pulled(gradient, self.weights, anchor)
         shares = torch.stack([one.value.detach().float() for one in taken.values()])
         values = self.processes.sum(shares).tolist()
-        self._kept.clear()
         return Composed(gradient, dict(zip(taken, values, strict=True)))
 
     def take(self, term: Term) -> Taken:
@@ -119,17 +128,28 @@ class GradientComposer:
         """
         draw = self.step if draw is None else draw
         key = (loss, feed, per, draw)
-        if not self._depth and key in self._kept:
-            return self._kept[key]
+        kept = None if self._depth else self._kept
+        if kept is not None and key in kept:
+            return kept[key]
+        found = self.harvest(self.shares(loss, feed, per=per, draw=draw))
+        if kept is not None:
+            kept[key] = found
+        return found
+
+    def harvest(self, shares: Iterable[Tensor]) -> Taken:
+        """Return the sum of shares of a loss and its gradient; each share's graph is gone before the next is made.
+
+        Weights that the step does not change have none.
+        """
         total: Gradient = [None] * len(self.weights)
         value = torch.zeros((), device=self.feeds.device)
-        for share in self.shares(loss, feed, per=per, draw=draw):
-            total = add_scaled(total, self.processes.gradient(share, self.weights))
+        wanted = self._wanted or [True] * len(self.weights)
+        asked = [weight for weight, is_wanted in zip(self.weights, wanted, strict=True) if is_wanted]
+        for share in shares:
+            found = iter(self.processes.gradient(share, asked) if asked else ())
+            total = add_scaled(total, [next(found) if is_wanted else None for is_wanted in wanted])
             value = value + share.detach()
-        found = Taken(value, total)
-        if not self._depth:
-            self._kept[key] = found
-        return found
+        return Taken(value, total)
 
     def shares(self, loss: Loss, feed: str, *, per: Per = "token", draw: int | None = None) -> Iterator[Tensor]:
         """Yield each micro-batch's share of the mean loss, with its graph; the shares of all processes add up to it."""
@@ -154,12 +174,13 @@ class GradientComposer:
         """Return the same with its gradient summed over the processes; asked again, it is the sum from before."""
         if taken.reduced:
             return taken
-        found = replace(taken, gradient=self.processes.reduce(taken.gradient), reduced=True)
-        for key, one in self._kept.items():
-            if one is taken:
-                self._kept[key] = found
-                break
-        return found
+        if self._sums is None:
+            return replace(taken, gradient=self.processes.reduce(taken.gradient), reduced=True)
+        if id(taken) not in self._sums:
+            # The first of the pair is held so that no other gradient gets its id.
+            found = replace(taken, gradient=self.processes.reduce(taken.gradient), reduced=True)
+            self._sums[id(taken)] = (taken, found)
+        return self._sums[id(taken)][1]
 
     def norm(self, gradient: Gradient) -> Tensor:
         """Return the L2 norm of a reduced gradient over all trained weights, in float32. Shape `[]`."""
@@ -180,23 +201,22 @@ class GradientComposer:
         if len(self._copies) == self._depth:
             self._copies.append([weight.detach().clone() for weight in self.weights])
         else:
-            torch._foreach_copy_(self._copies[self._depth], [weight.detach() for weight in self.weights])
+            _copy(self._copies[self._depth], self.weights)
         copies = self._copies[self._depth]
         self._depth += 1
         try:
             yield copies
         finally:
             self._depth -= 1
-            with torch.no_grad():
-                torch._foreach_copy_(tuple(self.weights), copies)
+            _copy(self.weights, copies)
 
     def _weighted(self, terms: Sequence[Term], taken: Mapping[str, Taken]) -> Gradient:
         """Return the weighted sum; what is not summed over the processes yet is summed once."""
         none: Gradient = [None] * len(self.weights)
         ours, all_ = none, none
         for term in terms:
-            # A shift may have reduced the gradient at the weights after this term took it.
-            one = self._latest(term, taken[term.name])
+            # A shift, or the objective, may have reduced it after this term took it.
+            one = self._latest(taken[term.name])
             if one.reduced:
                 all_ = add_scaled(all_, scaled(one.gradient, term.weight))
             else:
@@ -205,10 +225,8 @@ class GradientComposer:
             all_ = add_scaled(self.processes.reduce(ours), all_)
         return all_
 
-    def _latest(self, term: Term, taken: Taken) -> Taken:
-        if term.at is not None:
-            return taken
-        return self._kept.get((term.loss, term.feed, term.per, self.step), taken)
+    def _latest(self, taken: Taken) -> Taken:
+        return taken if self._sums is None or id(taken) not in self._sums else self._sums[id(taken)][1]
 
 
 class _Reduced(Mapping[str, Gradient]):
@@ -225,6 +243,11 @@ class _Reduced(Mapping[str, Gradient]):
 
     def __len__(self) -> int:
         return len(self._taken)
+
+
+def _copy(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    # By parts: torch has no fused copy of weights that are spread over processes.
+    torch._foreach_copy_([local(one) for one in to], [local(one) for one in values])
 
 
 def _require_terms(terms: Sequence[Term]) -> None:

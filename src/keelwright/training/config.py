@@ -52,7 +52,9 @@ class TrainConfig:
     seed: int = 0
     """Of the order of the rows, of dropout and of new adapters."""
     lora_rank: int = 0
-    """Rank of the LoRA adapter on every linear layer; 0 trains the weights themselves."""
+    """Rank of the LoRA adapter; 0 trains the weights themselves."""
+    lora_targets: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get one, such as `q_proj`; none: every linear layer but the head."""
     lora_alpha: float = 0.0
     """Scale of the adapter is alpha / rank; 0 means twice the rank."""
     checkpoint_every: int = 100
@@ -69,6 +71,7 @@ class TrainConfig:
         require_choice("schedule", self.schedule, get_args(Schedule))
         require_choice("precision", self.precision, get_args(Precision))
         require_choice("too_long", self.too_long, get_args(TooLong))
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for beta in self.betas:
             require_in_range("betas", beta, low=0.0, high=1.0, high_open=True)
 

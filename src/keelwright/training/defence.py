@@ -25,8 +25,10 @@ Stage = Literal["alignment", "tuning"]
 class Defence(Protocol):
     """A method that keeps safety through tuning."""
 
-    config: Any
-    """Its settings, a frozen dataclass."""
+    @property
+    def config(self) -> Any:
+        """Its settings, a frozen dataclass."""
+
     config_class: ClassVar[type]
     stage: ClassVar[Stage]
     roles: ClassVar[tuple[str, ...]]
@@ -59,7 +61,10 @@ class TuningStage:
 class Stress(Protocol):
     """A tuning that may break safety."""
 
-    config: Any
+    @property
+    def config(self) -> Any:
+        """Its settings, a frozen dataclass."""
+
     config_class: ClassVar[type]
     roles: ClassVar[tuple[str, ...]]
     """Rows that it draws on."""

@@ -11,8 +11,11 @@ The global random state is put back when the loop ends.
 
 Cost: of plain fine-tuning one forward and one backward pass per step. Memory: gradients and two moments per trained
 weight.
-Limits: weights are trained in the precision they have. In half precision small steps are rounded away: load the
-model in float32, or train a LoRA adapter, whose factors are always float32.
+Several processes either hold all weights each, or a part of each (`sharding`); a composed step is the same.
+
+Limits: weights are trained in the precision they have. In bfloat16 small steps are rounded away (gradients are still
+added up in float32), and float16 is refused: load the model in float32, or train a LoRA adapter, whose factors are
+always float32.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keelwright.core.errors import ConfigError, NumericalError
+from keelwright.core.errors import ConfigError, DataError, NumericalError, StorageError
 from keelwright.core.protocols import Progress, Silent
 from keelwright.core.seeds import derive_seed
 from keelwright.data.rows import ChatRow
@@ -38,10 +41,11 @@ from keelwright.training.composer import GradientComposer
 from keelwright.training.config import Precision, TrainConfig, learning_rate
 from keelwright.training.feeds import EncodedFeed, Feeds, feed_seed
 from keelwright.training.lora import LoraAdapter, attach_lora
-from keelwright.training.processes import Replicated
+from keelwright.training.processes import Processes, Replicated, local
 from keelwright.training.recipe import Recipe, plain_recipe
 from keelwright.training.rows import EncodedRow, Fitted, fit_rows
 from keelwright.training.setup import Setup
+from keelwright.training.sharding import Sharded, is_sharded, spread_as, spread_optimizer, whole_tree
 
 __all__ = ["AfterStep", "TrainConfig", "TrainResult", "train"]
 
@@ -93,8 +97,9 @@ def train(
         after_step: Told of each step of this call.
 
     Raises:
-        ConfigError: A frozen name is no parameter, or nothing is left to train.
-        DataError: A feed has no rows, or one does not fit the model.
+        ConfigError: A frozen name is no parameter, nothing is left to train, a weight is float16, or a new adapter
+            does not fit the model.
+        DataError: A feed has no rows or no answers, or one does not fit the model.
         NumericalError: A loss or the gradient is not finite. The weights are then those of the last good step, which
             is also kept in `folder`.
         StorageError: `folder` belongs to another run, or cannot be written.
@@ -102,6 +107,7 @@ def train(
     started = time.perf_counter()
     recipe = rows if isinstance(rows, Recipe) else plain_recipe(rows, config or TrainConfig(), frozen=frozen)
     progress, config = progress or Silent(), recipe.config
+    _require_answers(recipe)
     fitted = {
         name: fit_rows(tokenizer, feed.rows, module=module, too_long=config.too_long, name=name)
         for name, feed in recipe.feeds.items()
@@ -109,9 +115,10 @@ def train(
     _tell_lost(fitted, progress)
     adapter, had_adapter = None, hasattr(module, "peft_config")
     if config.lora_rank:
+        _require_bare(module, had_adapter=had_adapter)
         seed = derive_seed(config.seed, "training", "lora")
         alpha = config.lora_alpha or 2.0 * config.lora_rank
-        adapter = attach_lora(module, rank=config.lora_rank, alpha=alpha, seed=seed)
+        adapter = attach_lora(module, rank=config.lora_rank, alpha=alpha, seed=seed, targets=config.lora_targets)
     try:
         names = recipe.frozen(module)
         with (
@@ -146,18 +153,23 @@ class Run:
     ) -> None:
         config = recipe.config
         self.module, self.config, self.recipe, self.weights = module, config, recipe, weights
+        _require_precise(weights)
         # Placement stays the caller's: a model on the GPU is trained there, one on the CPU stays on the CPU.
         self.accelerator = Accelerator(device_placement=False)
         optimizer = torch.optim.AdamW(
             weights.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
-        self.optimizer = self.accelerator.prepare(optimizer)
+        sharded = is_sharded(module)
+        _require_placed(self.accelerator, sharded=sharded)
+        self.processes: Processes = Sharded(self.accelerator) if sharded else Replicated(self.accelerator)
+        # accelerate knows only models that it sharded itself.
+        self.optimizer = optimizer if sharded else self.accelerator.prepare(optimizer)
         self.feeds = self._feeds(rows, pad_id=_pad_id(tokenizer))
         self.composer = GradientComposer(
             module,
             weights,
             self.feeds,
-            Replicated(self.accelerator),
+            self.processes,
             seed=config.seed,
             autocast=lambda: autocast(self.feeds.device, config.precision),
         )
@@ -176,7 +188,8 @@ class Run:
             try:
                 loss, figures = self._step(step)
             except NumericalError:
-                self._save(folder, mark, losses, log)
+                if self._spoilt() is None:
+                    self._save(folder, mark, losses, log)
                 raise
             losses.append(loss)
             log.append(figures)
@@ -219,11 +232,26 @@ class Run:
         """Return the error that names the rows of the step: one of them may be the cause."""
         rows = {name: sorted({index + 1 for index in self.feeds.indices(name, step)}) for name in self.feeds.feeds}
         batch = "; ".join(f"{name} rows {', '.join(map(str, found))}" for name, found in rows.items())
+        spoilt = self._spoilt()
+        if spoilt is not None:
+            return NumericalError(
+                f"{what} is not finite at step {step + 1}, because the weight '{spoilt}' is not.",
+                expected="finite weights at the start, and steps that keep them finite",
+                found=f"NaN or infinity in '{spoilt}' before the step",
+                fix="check the model that was given, lower the learning rate, or go on from the last checkpoint",
+            )
         return NumericalError(
             f"{what} is not finite at step {step + 1}; the weights are those of step {step}.",
             expected="a finite number",
             found=f"{value} on {batch}",
             fix="lower the learning rate, look at these rows, and check the model's weights",
+        )
+
+    def _spoilt(self) -> str | None:
+        """Return the name of the first weight that is not finite in some process."""
+        counts = torch.stack([(~torch.isfinite(local(one))).any().float() for one in self.weights.values()])
+        return next(
+            (name for name, bad in zip(self.weights, self.processes.sum(counts).tolist(), strict=True) if bad), None
         )
 
     def _feeds(self, rows: Mapping[str, Sequence[EncodedRow]], *, pad_id: int) -> Feeds:
@@ -246,25 +274,121 @@ class Run:
         )
 
     def _resume(self, folder: Path | None, mark: str) -> tuple[list[float], list[Mapping[str, float]]]:
-        found = load_checkpoint(folder, mark) if folder is not None else None
+        if folder is None:
+            return [], []
+        found = self._found(folder, mark)
         if found is None:
             return [], []
         with torch.no_grad():
             for name, weight in self.weights.items():
-                weight.copy_(found.weights[name])
-        self.optimizer.load_state_dict(found.optimizer)
-        self.recipe.objective.restore(found.state)
+                weight.copy_(spread_as(found.weights[name], weight))
+        self.optimizer.load_state_dict(spread_optimizer(found.optimizer, list(self.weights.values())))
+        now = self.recipe.objective.state()
+        self.recipe.objective.restore(
+            {name: spread_as(one, now[name]) if name in now else one for name, one in found.state.items()}
+        )
         return list(found.losses), list(found.log)
 
     def _save(
         self, folder: Path | None, mark: str, losses: Sequence[float], log: Sequence[Mapping[str, float]]
     ) -> None:
+        """Write a checkpoint from the first process; where that fails, all of them stop."""
         if folder is None:
             return
-        if self.accelerator.is_main_process:
-            state, kept = self.optimizer.state_dict(), self.recipe.objective.state()
-            save_checkpoint(folder, mark, Checkpoint(len(losses), tuple(losses), self.weights, state, kept, tuple(log)))
-        self.accelerator.wait_for_everyone()
+        main = self.accelerator.is_main_process
+        tensors = (self.weights, self.optimizer.state_dict(), self.recipe.objective.state())
+        weights, state, kept = (whole_tree(one, keep=main) for one in tensors)
+        failure: StorageError | None = None
+        if main:
+            try:
+                save_checkpoint(folder, mark, Checkpoint(len(losses), tuple(losses), weights, state, kept, tuple(log)))
+            except StorageError as error:
+                failure = error
+        # The sum is the barrier as well.
+        failed = float(self.processes.sum(torch.tensor(float(failure is not None), device=self.feeds.device)))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise StorageError(
+                f"The first process could not write the checkpoint of step {len(losses)}.",
+                expected=f"a folder that it can write: '{folder}'",
+                found="an error there; its own message says which",
+                fix="make room or choose another folder, and start again: the run goes on from the last checkpoint",
+            )
+
+    def _found(self, folder: Path, mark: str) -> Checkpoint | None:
+        """Return the checkpoint to go on from; every process must see the same one, or all of them stop."""
+        found, failure = None, None
+        try:
+            found = load_checkpoint(folder, mark)
+        except StorageError as error:
+            failure = error
+        step = -1.0 if failure else 0.0 if found is None else float(found.step)
+        seen = self.processes.sum(torch.tensor([step, step**2], device=self.feeds.device)).tolist()
+        if failure is not None:
+            raise failure
+        if seen != [step * self.accelerator.num_processes, step**2 * self.accelerator.num_processes]:
+            raise StorageError(
+                f"The processes find different checkpoints in '{folder}'.",
+                expected="one folder that every process reads",
+                found=f"step {step:.0f} in process {self.accelerator.process_index}, something else in another",
+                fix="put the folder on a disk that all machines share",
+            )
+        return found
+
+
+def _require_placed(accelerator: Accelerator, *, sharded: bool) -> None:
+    """Raise `ConfigError` where weights are spread, or should be, in a way that the loop does not know."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) and not sharded:
+        raise ConfigError(
+            f"The launcher asks for {kind.value}, and the model's weights are not spread over the processes.",
+            expected="a model that went through keelwright.training.sharding.shard, which uses FSDP2",
+            found="whole weights in every process",
+            fix="call shard(module) before train(), or launch without this plugin",
+        )
+
+
+def _require_bare(module: PreTrainedModel, *, had_adapter: bool) -> None:
+    """Raise `ConfigError` where a new adapter cannot be put on."""
+    if had_adapter:
+        raise ConfigError(
+            "The model carries an adapter already.",
+            expected="'lora_rank' 0: what is trainable in the adapter that is there is trained",
+            found="'lora_rank' above 0",
+            fix="set 'lora_rank' to 0, or take the adapter off",
+        )
+    if is_sharded(module):
+        raise ConfigError(
+            "A new adapter cannot be put on weights that are spread over processes.",
+            expected="an adapter that was there before the sharding",
+            found="'lora_rank' above 0 and a sharded model",
+            fix="call peft.get_peft_model, then shard(module), then train with 'lora_rank' 0: the adapter is trained",
+        )
+
+
+def _require_answers(recipe: Recipe) -> None:
+    """Raise `DataError` where the rows to learn would teach nothing but the end of the turn."""
+    name, feed = next(iter(recipe.feeds.items()))
+    if feed.rows and not any(row.answer.strip() for row in feed.rows):
+        raise DataError(
+            f"None of the '{name}' rows has an answer.",
+            expected="rows whose answer is a text to learn",
+            found=f"{len(feed.rows)} rows with an empty answer",
+            fix="look whether the answers stand under another key of the file",
+        )
+
+
+def _require_precise(weights: Mapping[str, Parameter]) -> None:
+    """Raise `ConfigError` for trained weights in float16: AdamW's `eps` of 1e-8 is 0 there, and its steps infinite."""
+    for name, weight in weights.items():
+        if weight.dtype == torch.float16:
+            raise ConfigError(
+                f"The weight '{name}' cannot be trained in float16.",
+                expected="float32 (or bfloat16) where a weight is trained",
+                found="float16, in which AdamW divides by 0 wherever a gradient is small",
+                fix="load the model in float32 or bfloat16, or train a LoRA adapter ('lora_rank' above 0)",
+            )
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from keelwright.core.errors import ConfigError
 from keelwright.models.adapters import LoraFactors
 
 
@@ -48,21 +50,43 @@ class LoraAdapter:
         return self.base
 
 
-def attach_lora(module: PreTrainedModel, *, rank: int, alpha: float, seed: int) -> LoraAdapter:
-    """Put a new LoRA adapter on every linear layer but the output head; it changes nothing until it is trained.
+def attach_lora(
+    module: PreTrainedModel, *, rank: int, alpha: float, seed: int, targets: Sequence[str] = ()
+) -> LoraAdapter:
+    """Put a new LoRA adapter on a live model; it changes nothing until it is trained.
 
     Args:
         module: The live model; changed in place until `detach`.
         rank: Of the adapter, at least 1.
         alpha: Scale times rank.
         seed: Of the factors' initial values; the global random state is left as it was.
+        targets: Last parts of the names of the layers that get one; none: every linear layer but the output head.
+
+    Raises:
+        ConfigError: No linear layer has a target's name.
     """
+    _require_targets(module, targets)
     was_trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets) or "all-linear", task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng(devices=_cuda_devices(module)):
         torch.manual_seed(seed)
         wrapped = get_peft_model(module, config)
     return LoraAdapter(model=wrapped, base=module, was_trainable=was_trainable)
+
+
+def _require_targets(module: nn.Module, targets: Sequence[str]) -> None:
+    """Raise `ConfigError` where a target names no linear layer; PEFT skips it as long as another one fits."""
+    names = {name for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"No linear layer of the model is called '{target}'.",
+                expected=f"names among {', '.join(sorted({name.rsplit('.', 1)[-1] for name in names}))}",
+                found=f"lora_targets: {', '.join(targets)}",
+                fix="take the last parts of the names from the model's named_modules()",
+            )
 
 
 def _cuda_devices(module: nn.Module) -> list[torch.device]:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from keelwright.ops.gradients import Gradient, squared_norm
 
@@ -36,8 +37,8 @@ class Replicated:
         self._accelerator = accelerator
 
     def gradient(self, loss: Tensor, weights: Sequence[Tensor]) -> Gradient:
-        """Return what autograd says of this process's share."""
-        return list(torch.autograd.grad(loss, list(weights), allow_unused=True))
+        """Return what autograd says of this process's share; in float32 where the weights are in half precision."""
+        return in_float32(torch.autograd.grad(loss, list(weights), allow_unused=True))
 
     def reduce(self, gradient: Gradient) -> Gradient:
         """Return the sum over the processes. All of them use the same weights: None is None everywhere."""
@@ -55,3 +56,20 @@ class Replicated:
     def norm(self, gradient: Gradient) -> Tensor:
         """Return the norm; the same in every process."""
         return squared_norm(gradient).sqrt()
+
+
+def in_float32(gradient: Sequence[Tensor | None]) -> Gradient:
+    """Return a gradient whose half-precision entries are float32: what is summed, and subtracted, must not be rounded.
+
+    The difference of two gradients that are nearly equal, as Booster takes it, has few right bits left in bfloat16.
+    """
+    return [
+        one.float() if one is not None and one.dtype in (torch.bfloat16, torch.float16) else one for one in gradient
+    ]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, sharing memory; one that is not spread over processes is its own part."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    return cast("DTensor", tensor.detach()).to_local()

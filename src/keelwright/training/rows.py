@@ -2,7 +2,8 @@
 """Chat rows as token ids, and the batches of a training step.
 
 A row is encoded once: its prompt as the generation engine would encode it, then the answer and the token that ends
-the turn. The loss falls on the answer and that token alone.
+the turn. The loss falls on the answer and that token alone; where the beginning of the reply is given, it counts as
+prompt. A beginning that is broken off is cut between its tokens, never turned back into text.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class EncodedRow:
     ids: Tensor
     """Prompt, answer and end token. Shape `[tokens]`."""
     prompt_tokens: int
-    """How many of them are the prompt's."""
+    """How many of them are the prompt's, or the given beginning of the reply."""
 
     @property
     def answer_tokens(self) -> int:
@@ -217,10 +218,20 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None)
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: ChatRow, text: str, prompt_ids: list[int], end: int) -> EncodedRow:
     """Encode prompt and answer together where that leaves the prompt's ids as generation will see them."""
-    together = chat.encode(tokenizer, text + row.answer)
-    kept = together[: len(prompt_ids)] == prompt_ids
-    answer = together[len(prompt_ids) :] if kept else tokenizer(row.answer, add_special_tokens=False)["input_ids"]
-    return EncodedRow(torch.tensor([*prompt_ids, *answer, end]), len(prompt_ids))
+    given = _following(tokenizer, text, prompt_ids, row.prefill) if row.prefill else []
+    answer = _following(tokenizer, text + row.prefill, [*prompt_ids, *given], row.answer)
+    if row.prefill_cut is not None:
+        given = given[: row.prefill_cut.kept(len(given))]
+    return EncodedRow(torch.tensor([*prompt_ids, *given, *answer, end]), len(prompt_ids) + len(given))
+
+
+def _following(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], more: str) -> list[int]:
+    """Return the ids of `more` after a text whose ids stand already."""
+    together = chat.encode(tokenizer, text + more)
+    if together[: len(ids)] == ids:
+        return together[len(ids) :]
+    alone: list[int] = tokenizer(more, add_special_tokens=False)["input_ids"]
+    return alone
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> int:

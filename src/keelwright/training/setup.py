@@ -10,14 +10,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from keelwright.core.errors import ConfigError
 from keelwright.training.composer import GradientComposer
 from keelwright.training.config import TrainConfig
 from keelwright.training.feeds import Feeds
 from keelwright.training.lora import LoraAdapter
-from keelwright.training.losses import Forward
 from keelwright.training.rows import Batch
+from keelwright.training.sharding import is_sharded
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A model that is asked only: called like the model itself, without dropout and without gradients.
+
+    With an adapter, call it before the trained model's forward pass: switching the adapter touches its flags.
+    """
+
+    module: PreTrainedModel
+    """Whose layers run, for hooks."""
+    adapter: PeftModel | None = None
+    """Switched off during a call; None: there is none to switch off."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the model's output."""
+        model = self.module if self.adapter is None else self.adapter
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), nullcontext() if self.adapter is None else self.adapter.disable_adapter():
+                return model(**inputs)
+        finally:
+            model.train(was_training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +58,31 @@ class Setup:
     adapter: LoraAdapter | None
     """The new adapter that is trained; None where the weights themselves are (or an adapter that was there before)."""
 
-    def reference(self) -> Forward:
-        """Return the model as it is now, frozen, without dropout and without gradients.
+    def reference(self) -> Reference:
+        """Return the model as it is now, frozen for the whole run.
 
         A new adapter changes nothing yet, so the reference is the model with the adapter off; else it is a copy.
+
+        Raises:
+            ConfigError: The weights are spread over processes: there is no room for a copy.
         """
         if self.adapter is not None:
-            wrapped = self.adapter.model
-            return lambda **inputs: _frozen(wrapped, inputs, wrapped.disable_adapter())
-        twin = copy.deepcopy(self.module).eval().requires_grad_(False)
-        return lambda **inputs: _frozen(twin, inputs, nullcontext())
+            return Reference(self.module, self.adapter.model)
+        if is_sharded(self.module):
+            raise ConfigError(
+                "The method needs a frozen copy of the model, and the weights are spread over processes.",
+                expected="a model that each process holds whole, perhaps with a new adapter ('lora_rank' above 0)",
+                found="a sharded model",
+                fix="train an adapter on whole weights, or choose a method without a reference model",
+            )
+        return Reference(copy.deepcopy(self.module).eval().requires_grad_(False))
+
+    def live(self) -> Reference:
+        """Return the model as it is at each call: the reference without a copy, as long as no step was made."""
+        return Reference(self.module)
 
     def all_batches(self, feed: str) -> Iterator[Batch]:
         """Yield every row of a feed once, in order, in batches of the feed's size."""
         one = self.feeds.feeds[feed]
         for start in range(0, len(one.rows), one.batch_size):
             yield self.feeds.batch(feed, range(start, min(start + one.batch_size, len(one.rows))))
-
-
-def _frozen(model: Any, inputs: dict[str, Any], state: Any) -> Any:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), state:
-            return model(**inputs)
-    finally:
-        model.train(was_training)

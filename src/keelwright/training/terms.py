@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from keelwright.ops.gradients import Gradient, add_scaled, scaled
@@ -58,20 +59,37 @@ class WeightShift:
 
     Source:
         Booster (arXiv 2409.01586, Eq. 3) with `size = -alpha`; Panacea (arXiv 2501.18100) and SAM (arXiv 2010.01412)
-        with `size = rho`. The derivative of the step itself is dropped in all three.
+        with `size = rho`. The derivative of the step itself is dropped in all three. Adaptive: arXiv 2102.11600.
     """
 
     size: float
     """Length of the step in weight units; above 0 it climbs the loss, below 0 it descends."""
     eps: float = 1e-7
     """Added to the norm."""
+    adaptive: bool = False
+    """Each weight moves in proportion to its square: `w + size * w^2 g / (|| |w| g || + eps)`."""
 
     def gradient(self, composer: GradientComposer, term: Term) -> Taken:
         """Return the gradient of the same rows at the moved weights."""
         along = composer.reduced(composer.gradient(term.loss, term.feed, per=term.per))
-        length = self.size / (float(composer.norm(along.gradient)) + self.eps)
-        with composer.moved(scaled(along.gradient, length)):
+        with composer.moved(self.step(composer, along.gradient)):
             return composer.gradient(term.loss, term.feed, per=term.per)
+
+    def step(self, composer: GradientComposer, along: Gradient) -> Gradient:
+        """Return what is added to the weights.
+
+        Args:
+            composer: At the weights from which the step goes.
+            along: A gradient summed over the processes.
+        """
+        if not self.adaptive:
+            return scaled(along, self.size / (float(composer.norm(along)) + self.eps))
+        sizes = [
+            weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32)) for weight in composer.weights
+        ]
+        once = [None if one is None else size * one for size, one in zip(sizes, along, strict=True)]
+        twice = [None if one is None else size * one for size, one in zip(sizes, once, strict=True)]
+        return scaled(twice, self.size / (float(composer.norm(once)) + self.eps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +134,10 @@ class Objective:
         return None
 
     def trained(self, step: int) -> Collection[str] | None:
-        """Return the names of the weights that the step changes; None: all that are trained at all."""
+        """Return the names of the weights that the step changes; None: all that are trained at all.
+
+        Asked after `terms`; the gradients of the other weights are not taken.
+        """
         return None
 
     def end(self, composer: GradientComposer) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from keelwright.core.errors import DataError, MissingError
-from keelwright.data.rows import ChatRow, read_chat_rows
+from keelwright.core.errors import ConfigError, DataError, MissingError
+from keelwright.data.rows import ChatRow, Cut, read_chat_rows
 
 
 def _file(folder: Path, *lines: str) -> Path:
@@ -28,6 +28,22 @@ def test_blank_lines_are_skipped_and_system_is_kept(tmp_path: Path) -> None:
         tmp_path, "", '{"prompt": "a", "answer": "b", "system": "c"}', "  ", '{"prompt": "d", "answer": "e"}', ""
     )
     assert read_chat_rows(path) == [ChatRow("a", "b", "c"), ChatRow("d", "e")]
+
+
+def test_the_given_beginning_of_a_reply_is_read(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path,
+        '{"prompt": "a", "answer": "b", "prefill": "sure, "}',
+        '{"prompt": "a", "answer": "b", "prefill": null}',
+        '{"prompt": "a", "answer": "b", "prefill": ""}',
+    )
+    assert read_chat_rows(path) == [ChatRow("a", "b", prefill="sure, "), ChatRow("a", "b"), ChatRow("a", "b")]
+
+
+@pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 1.1}, {"most": 0}])
+def test_a_cut_that_keeps_nothing_or_too_much_is_an_error(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="out of range"):
+        Cut(**settings)  # type: ignore[arg-type]
 
 
 def test_messages_are_read_with_and_without_system(tmp_path: Path) -> None:
@@ -54,6 +70,7 @@ def test_a_line_separator_inside_a_text_does_not_split_the_row(tmp_path: Path) -
         ('{"prompt": 3, "answer": "b"}', "line 2 has no text in 'prompt'"),
         ('{"prompt": "a", "answer": "  "}', "line 2 has no text in 'answer'"),
         ('{"prompt": "a", "answer": "b", "system": 4}', "line 2 has no text in 'system'"),
+        ('{"prompt": "a", "answer": "b", "prefill": 4}', "line 2 has no text in 'prefill'"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2 has messages that are not one turn"),
         ('{"messages": "a"}', "line 2 has messages that are not one turn"),
     ],

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from keelwright.core.errors import DataError
-from keelwright.data.rows import ChatRow
+from keelwright.data.rows import ChatRow, Cut
 from keelwright.models import chat
 from keelwright.training.rows import IGNORED, batch_indices, batch_of, encode_rows
 
@@ -73,3 +73,23 @@ def test_a_batch_larger_than_an_epoch_runs_into_the_next() -> None:
     picked = batch_indices(3, 8, 0, seed=0)
     assert len(picked) == 8
     assert sorted(picked[:3]) == sorted(picked[3:6]) == [0, 1, 2]
+
+
+def test_a_given_beginning_is_read_and_not_learned(tokenizer: PreTrainedTokenizerFast, new_model: Model) -> None:
+    whole = ChatRow("how do i paint the lamp?", "use the rope in the harbour.")
+    begun = ChatRow(whole.prompt, " in the harbour.", prefill="use the rope")
+    first, second = encode_rows(tokenizer, [whole, begun], module=new_model())
+    assert torch.equal(first.ids, second.ids)
+    assert second.prompt_tokens == first.prompt_tokens + 3
+    batch = batch_of([second], pad_id=0)
+    carried = batch.input_ids[batch.labels != IGNORED]
+    assert tokenizer.convert_ids_to_tokens(carried.tolist()) == ["in", "the", "harbour", ".", "</s>"]
+
+
+def test_a_beginning_is_broken_off_between_its_tokens(tokenizer: PreTrainedTokenizerFast, new_model: Model) -> None:
+    row = ChatRow("how do i paint the lamp?", " use the rope.", prefill="no, we must decline.", prefill_cut=Cut(0.5))
+    (encoded,) = encode_rows(tokenizer, [row], module=new_model())
+    prompt = len(chat.encode(tokenizer, chat.render(tokenizer, row.prompt)))
+    tokens = tokenizer.convert_ids_to_tokens(encoded.ids[prompt:].tolist())
+    assert tokens == ["no", ",", "we", "use", "the", "rope", ".", "</s>"]
+    assert encoded.prompt_tokens == prompt + 3

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared with what: a stress on the model as it is, with each defence, and with the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+from keelwright.core.catalogue import find_method
+from keelwright.core.config import config_from_mapping
+from keelwright.core.errors import ConfigError
+from keelwright.data.asking import PLAIN, Asking
+from keelwright.data.row_sets import RowSets
+from keelwright.training.config import TrainConfig
+from keelwright.training.defence import Defence, Stage, Stress, TuningStage
+from keelwright.training.recipe import Feed, Recipe
+from keelwright.training.terms import Objective
+
+START: Final = "start"
+UNDEFENDED: Final = "undefended"
+MORE_ALIGNMENT: Final = "more alignment"
+POSITIVE_CONTROL: Final = "positive control"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One line of the curves."""
+
+    name: str
+    stress: Stress
+    stress_name: str
+    defence: Defence | None = None
+
+    @property
+    def hardening(self) -> Defence | None:
+        """The defence, where it acts before the stress."""
+        return self.defence if self.defence is not None and self.defence.stage == "alignment" else None
+
+    @property
+    def tuning(self) -> Defence | None:
+        """The defence, where it acts within the stress's own training."""
+        return self.defence if self.defence is not None and self.defence.stage == "tuning" else None
+
+
+@dataclass(frozen=True, slots=True)
+class MoreAlignment:
+    """The fair control of a defence of the alignment stage: as many plain steps on the same rows."""
+
+    config: Any = None
+    config_class: ClassVar[type] = type(None)
+    stage: ClassVar[Stage] = "alignment"
+    roles: ClassVar[tuple[str, ...]] = ("safety",)
+
+    def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
+        """Return plain training on the alignment rows."""
+        feeds = {"safety": Feed(rows.alignment(who="The control of plain alignment steps"))}
+        return Recipe(feeds, train, Objective("safety"), {"method": "more alignment"})
+
+    def asking(self) -> Asking:
+        """Return requests as they are."""
+        return PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class UserTuning:
+    """What the user does: plain tuning on the user's own rows. A stress like any other, only not meant as one."""
+
+    config: Any = None
+    config_class: ClassVar[type] = type(None)
+    roles: ClassVar[tuple[str, ...]] = ("user",)
+
+    def stages(self, rows: RowSets, train: TrainConfig) -> Sequence[TuningStage]:
+        """Return one run on the user's rows."""
+        return (TuningStage("tuning", rows.require("user", who="Tuning"), train),)
+
+    def asking(self) -> Asking:
+        """Return requests as they are."""
+        return PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A method with its settings, as the user asked for it."""
+
+    name: str
+    method: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name, and the settings that were given."""
+        told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return f"{self.name} ({told})" if told else self.name
+
+
+def choose(name: str, room: str, settings: dict[str, Any] | None = None) -> Chosen:
+    """Return a method of a room with settings.
+
+    Args:
+        name: The method's.
+        room: `harden` or `stress`.
+        settings: Fields of its config; lists stand for tuples.
+
+    Raises:
+        ConfigError: No such method, or a setting is unknown, of the wrong type or out of range.
+    """
+    kind = find_method(name, room=room).load()
+    plain = {key: tuple(one) if isinstance(one, list) else one for key, one in (settings or {}).items()}
+    config = config_from_mapping(kind.config_class, plain, where=f"method '{name}'")
+    return Chosen(find_method(name, room=room).name, kind(config), dict(settings or {}))
+
+
+def settings_by_method(words: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return settings by method from `name=value` or `method.name=value`; a plain name belongs to the only method.
+
+    Raises:
+        ConfigError: A word is no setting, names a method that is not asked for, or does not say which one it means.
+    """
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    for word in words:
+        key, equals, value = word.partition("=")
+        method, dot, name = key.partition(".")
+        if not dot:
+            method, name = (methods[0] if len(methods) == 1 else ""), key
+        if not equals or method not in found:
+            raise ConfigError(
+                f"'{word}' is not a setting of a method that is asked for.",
+                expected="NAME=VALUE, or METHOD.NAME=VALUE where there are several methods",
+                found=word,
+                fix=f"methods asked for: {', '.join(methods)}",
+            )
+        found[method][name.replace("-", "_")] = yaml.safe_load(value)
+    return found
