@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from keelwright.core.catalogue import catalogue
+from keelwright.core.catalogue import MethodLine, catalogue
 from keelwright.judges.registry import known_judges
 from keelwright.measure.metric import Metric
 from keelwright.measure.metric_table import METRIC_NAMES, find_metric
@@ -24,6 +24,19 @@ FOLDER = Path(__file__).parent / "reference"
 
 _K = "25"
 """Stands in for K while a metric of K answers is described."""
+
+_METHODS = """\
+Made from the catalogue and the docstrings; `keelwright methods` prints the same tables. Status: *verified* is equal to
+the official code or to a published known answer, *faithful* is written from the paper with nothing to compare with,
+*reconstruction* fills a gap of the source, which the docstring names. Passes per step count forward and backward passes
+of training, plain tuning being 1; weight arithmetic has none."""
+
+_ROOMS = {
+    "repair": "How safety comes back: [Repair and merge](../how-to/repair.md), [Heal](../how-to/heal.md).",
+    "harden": "How a model is prepared for tuning, or tuned safely: [Harden](../how-to/harden.md), "
+    "[Tune](../how-to/tune.md).",
+    "stress": "What breaks safety: [Stress](../how-to/stress.md).",
+}
 
 _METRICS = """\
 `keelwright methods --metrics` prints the names. K stands for a number, as in `asr_at_5`. A name may end in conditions:
@@ -44,16 +57,28 @@ named `NAME:MODEL`, `NAME:vllm:MODEL` or `NAME:openai:MODEL`. Only a judge that 
 
 
 def methods_page() -> str:
-    """Return the page of methods: a table of all, then each docstring as it stands."""
+    """Return the page of methods: a table of each room, then each docstring as it stands."""
     lines = list(catalogue().values())
-    rows = [(line.name, line.room, line.status, ", ".join(line.needs), line.source) for line in lines]
-    parts = [(line.name, line.load().__module__) for line in lines]
-    return _page(
-        "Methods",
-        "Made from the catalogue and the docstrings; `keelwright methods` prints the same table.",
-        _table(("name", "room", "status", "needs", "source"), rows),
-        *(_quoted(title, module) for title, module in parts),
-    )
+    rooms = dict.fromkeys(line.room for line in lines)
+    return _page("Methods", _METHODS, *(block for room in rooms for block in _room(room, lines)))
+
+
+def _room(room: str, lines: Sequence[MethodLine]) -> list[str]:
+    """Return the heading, the table and the docstrings of one room; weight arithmetic has no passes."""
+    own = [line for line in lines if line.room == room]
+    rows = [
+        (
+            line.name,
+            line.status,
+            f"{line.passes_per_step:g}" if line.passes_per_step else "",
+            ", ".join(line.needs),
+            line.source,
+        )
+        for line in own
+    ]
+    columns = ("name", "status", "passes per step", "needs", "source")
+    docstrings = [_quoted(line.name, line.load().__module__, "###") for line in own]
+    return [f"## {room.capitalize()}", *filter(None, [_ROOMS.get(room)]), _table(columns, rows), *docstrings]
 
 
 def metrics_page() -> str:

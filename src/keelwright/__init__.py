@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from keelwright.core.version import __version__
 
 if TYPE_CHECKING:
+    from keelwright.arena.harden import harden
+    from keelwright.arena.stress import stress
+    from keelwright.arena.tune import tune
     from keelwright.heal.audit import audit
     from keelwright.heal.compare import compare
     from keelwright.heal.demo import demo
@@ -25,11 +28,14 @@ _PUBLIC = {
     "compare": "keelwright.heal.compare",
     "demo": "keelwright.heal.demo",
     "gate": "keelwright.heal.gate",
+    "harden": "keelwright.arena.harden",
     "heal": "keelwright.heal.loop",
     "repair": "keelwright.repair.materialise",
+    "stress": "keelwright.arena.stress",
+    "tune": "keelwright.arena.tune",
 }
 
-__all__ = ["__version__", "audit", "compare", "demo", "gate", "heal", "repair"]
+__all__ = ["__version__", "audit", "compare", "demo", "gate", "harden", "heal", "repair", "stress", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ The module is its own worker: `python test_distributed_training.py FOLDER` with 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -221,10 +222,8 @@ def _runs(kind: str, fresh: object, folder: Path) -> list[list[float]]:
     model, again, resumed = fresh(), fresh(), fresh()  # type: ignore[operator]
     whole_run = train(model, tokenizer, recipe(Pulled()))
     _save(whole_state(model), folder / f"{kind}-whole.safetensors", writer=0)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         train(again, tokenizer, recipe(Pulled()), folder=folder / kind, progress=StopAfter(5))
-    except KeyboardInterrupt:
-        pass
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         shutil.copytree(folder / kind, folder / f"{kind}-interrupted")

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Final
 
 from keelwright.core.catalogue import find_method
-from keelwright.core.config import config_from_mapping
+from keelwright.core.config import config_from_mapping, config_to_mapping
+from keelwright.core.digests import json_digest
 from keelwright.core.errors import ConfigError
 from keelwright.data.asking import PLAIN, Asking
 from keelwright.data.row_sets import RowSets
@@ -21,6 +23,12 @@ START: Final = "start"
 UNDEFENDED: Final = "undefended"
 MORE_ALIGNMENT: Final = "more alignment"
 POSITIVE_CONTROL: Final = "positive control"
+TRAINED_PLAINLY: Final = "trained plainly"
+HARMLESS_IN_STYLE: Final = "harmless rows in the style"
+PLAINLY: Final = ", asked plainly"
+"""After the name of an arm: its last model once more, without the frame that it is tested in."""
+_EXPONENT: Final = re.compile(r"[+-]?\d+[eE][+-]?\d+")
+HIDDEN: Final = "(secret)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +97,45 @@ class Chosen:
 
     @property
     def label(self) -> str:
-        """The name, and the settings that were given."""
-        told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        """The name, and the settings that were given; no secret is told."""
+        told = ", ".join(f"{key} {value}" for key, value in self.told().items())
         return f"{self.name} ({told})" if told else self.name
 
+    def told(self) -> dict[str, Any]:
+        """Return the settings that were given, secrets hidden."""
+        secret = secrets_of(self.method.config)
+        return {key: HIDDEN if key in secret else value for key, value in self.settings.items()}
 
-def choose(name: str, room: str, settings: dict[str, Any] | None = None) -> Chosen:
+    def public(self) -> dict[str, Any]:
+        """Return all settings for a run folder: of a secret only its digest, so that another one is another run."""
+        secret = secrets_of(self.method.config)
+        plain = config_to_mapping(self.method.config)
+        return {key: json_digest(["secret", value]) if key in secret else value for key, value in plain.items()}
+
+
+def secrets_of(config: Any) -> frozenset[str]:
+    """Return the names of a config's secret fields: those that its `repr` does not show."""
+    return frozenset(field.name for field in fields(config) if not field.repr)
+
+
+def choose(
+    name: str, room: str, settings: Mapping[str, Any] | None = None, *, given: Mapping[str, Any] | None = None
+) -> Chosen:
     """Return a method of a room with settings.
 
     Args:
         name: The method's.
         room: `harden` or `stress`.
         settings: Fields of its config; lists stand for tuples.
+        given: What was asked of the run; where the config has such a field it wins over the default there.
 
     Raises:
         ConfigError: No such method, or a setting is unknown, of the wrong type or out of range.
     """
     kind = find_method(name, room=room).load()
-    plain = {key: tuple(one) if isinstance(one, list) else one for key, one in (settings or {}).items()}
+    known = {field.name for field in fields(kind.config_class)}
+    run = {key: value for key, value in (given or {}).items() if key in known}
+    plain = {key: tuple(one) if isinstance(one, list) else one for key, one in {**run, **(settings or {})}.items()}
     config = config_from_mapping(kind.config_class, plain, where=f"method '{name}'")
     return Chosen(find_method(name, room=room).name, kind(config), dict(settings or {}))
 
@@ -132,5 +161,6 @@ def settings_by_method(words: Sequence[str], methods: Sequence[str]) -> dict[str
                 found=word,
                 fix=f"methods asked for: {', '.join(methods)}",
             )
-        found[method][name.replace("-", "_")] = yaml.safe_load(value)
+        # YAML 1.1 reads 4e-4 as text: it wants a point before the exponent.
+        found[method][name.replace("-", "_")] = float(value) if _EXPONENT.fullmatch(value) else yaml.safe_load(value)
     return found

@@ -16,17 +16,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keelwright.arena.arms import Arm
+from keelwright.arena.arms import PLAINLY, Arm
 from keelwright.arena.meter import Meter
 from keelwright.arena.protocol import ResultRow
+from keelwright.core.catalogue import catalogue
 from keelwright.core.digests import json_digest
+from keelwright.core.errors import ConfigError
 from keelwright.core.protocols import Progress
 from keelwright.core.records import Record
 from keelwright.data.asking import PLAIN, Asking
 from keelwright.data.row_sets import RowSets
+from keelwright.judges.screening.ensemble import Ensemble
+from keelwright.judges.screening.guard import GuardModel
+from keelwright.judges.screening.screen import Screen
 from keelwright.models.loading import LoadedModel
 from keelwright.training.config import TrainConfig
-from keelwright.training.defence import Defence, TuningStage, sft_recipe
+from keelwright.training.defence import Defence, Stress, TuningStage, sft_recipe
 from keelwright.training.loop import TrainResult, train
 from keelwright.training.recipe import Recipe
 
@@ -68,7 +73,10 @@ class Workbench:
     progress: Progress
     folder: Path | None = None
     """Where training checkpoints go."""
+    guards: Callable[[], Sequence[GuardModel]] = tuple
+    """Opens the guards that screen rows, when they are first needed."""
     _start: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _guards: Sequence[GuardModel] | None = field(default=None, init=False)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -89,7 +97,7 @@ class Workbench:
             return defence
         model = self.model
         ready: Defence = defence.prepare(
-            model.module, model.tokenizer, rows, config, folder=self._place(f"{key}-learning"), progress=self.progress
+            model.module, model.tokenizer, rows, config, folder=self.place(f"{key}-learning"), progress=self.progress
         )
         return ready
 
@@ -116,7 +124,7 @@ class Workbench:
             model.module,
             model.tokenizer,
             recipe,
-            folder=self._place(key),
+            folder=self.place(key),
             progress=self.progress,
             after_step=after_step,
         )
@@ -130,12 +138,39 @@ class Workbench:
 
     def forget(self, key: str) -> None:
         """Remove the checkpoints of a training run whose result is kept elsewhere."""
-        place = self._place(key)
+        place = self.place(key)
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
 
-    def _place(self, key: str) -> Path | None:
+    def place(self, key: str) -> Path | None:
+        """Return where something unfinished is kept, under a name of its own."""
         return None if self.folder is None else self.folder / key
+
+    def guard(self) -> GuardModel:
+        """Return the guard that rows are written against: the first one.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        guards = self._opened()
+        if not guards:
+            raise ConfigError(
+                "This stress writes rows against a guard, and none was given.",
+                expected="--guard REF: a guard model of yours that shares the model's vocabulary",
+                found="none",
+                fix="give the guard that screens your tuning service's data",
+            )
+        return guards[0]
+
+    def screen(self) -> Screen | None:
+        """Return what screens the rows: all guards together, where there are several."""
+        guards = self._opened()
+        return Ensemble(guards) if len(guards) > 1 else None
+
+    def _opened(self) -> Sequence[GuardModel]:
+        if self._guards is None:
+            self._guards = self.guards()
+        return self._guards
 
 
 def run_cell(
@@ -183,13 +218,52 @@ class _Cell:
     """What was done to the weights so far: it is what a record's revision is made of."""
 
     def run(self, tuning: Callable[[int], TrainConfig]) -> CellResult:
-        stages = self.arm.stress.stages(self.rows, tuning(len(self.rows.user)))
+        stress: Any = self.arm.stress
+        train = tuning(len(self.rows.user))
+        only_hardens = not (hasattr(stress, "applied") or hasattr(stress, "prepare") or stress.stages(self.rows, train))
         if self.arm.hardening is not None:
-            self._harden(self.arm.hardening, last=not stages)
+            self._harden(self.arm.hardening, last=only_hardens)
+        if hasattr(stress, "applied"):
+            self._edit(stress)
+            return CellResult(tuple(self.points), self.cost, self.log)
+        if hasattr(stress, "prepare"):
+            stress = self._searched(stress, train)
+        stages = stress.stages(self.rows, train)
         for number, stage in enumerate(stages, 1):
             self._tune(number, stage, last=number == len(stages))
         self._forget(len(stages))
         return CellResult(tuple(self.points), self.cost, self.log)
+
+    def _edit(self, stress: Any) -> None:
+        """Measure the model while a stress of the weights is applied to it."""
+        bench, started = self.bench, time.perf_counter()
+        with stress.applied(bench.model.module, bench.model.tokenizer, self.rows) as found:
+            name = self.arm.stress_name
+            self.cost[name] = {"steps": 0, "seconds": round(time.perf_counter() - started, 3)}
+            self._history.append(["edit", name, dataclasses.asdict(stress.config)])
+            self._measure(name, 0, 0, None, ())
+            self.log[name] = {"found": found.to_mapping()}
+
+    def _searched(self, stress: Any, train: TrainConfig) -> Stress:
+        """Return a stress whose rows had to be searched against the live model and the guard."""
+        bench, arm = self.bench, self.arm
+        started = time.perf_counter()
+        # Arms that start from the same weights share the search.
+        key = f"{arm.stress_name}-{arm.name if arm.hardening is not None else 'start'}-{self.seed}-search"
+        ready = stress.prepare(
+            bench.model.module,
+            bench.model.tokenizer,
+            self.rows,
+            train,
+            guard=bench.guard(),
+            screen=bench.screen(),
+            folder=bench.place(key.replace(" ", "-")),
+            progress=bench.progress,
+        )
+        self.cost["search"] = {"steps": 0, "seconds": round(time.perf_counter() - started, 3)}
+        self.log["search"] = {"report": ready.report.to_mapping()}
+        found: Stress = ready
+        return found
 
     def _harden(self, defence: Defence, *, last: bool) -> None:
         """Train with a defence of the alignment stage; an adapter is added into the weights."""
@@ -198,7 +272,7 @@ class _Cell:
         self._history.append(["hardening", dict(recipe.settings), dataclasses.asdict(recipe.config)])
         started = time.perf_counter()
         found = self.bench.train(recipe, key=key, keep=True, at_end=self.at_end if last else None)
-        self._note("hardening", recipe.config, found, started)
+        self._note("hardening", recipe.config, found, started, passes=_passes(self.arm.name))
         self._measure("hardening", recipe.config.steps, len(self.rows.safety), recipe.config.lr, ())
 
     def _tune(self, number: int, stage: TuningStage, *, last: bool) -> None:
@@ -213,13 +287,16 @@ class _Cell:
             if done in marks:
                 began = time.perf_counter()
                 self._measure(stage.name, done, len(stage.rows), stage.train.lr, stage.rows)
+                if last and done == recipe.config.steps and self._asking().name != PLAIN.name:
+                    self._measure(stage.name, done, len(stage.rows), stage.train.lr, stage.rows, plainly=True)
                 measuring_s += time.perf_counter() - began
 
         self._history.append(["tuning", stage.name, dict(recipe.settings), dataclasses.asdict(recipe.config)])
         found = self.bench.train(
             recipe, key=key, keep=not last, after_step=after_step, at_end=self.at_end if last else None
         )
-        self._note(stage.name, recipe.config, found, started + measuring_s)
+        passes = 1.0 if self.arm.tuning is None else _passes(self.arm.name)
+        self._note(stage.name, recipe.config, found, started + measuring_s, passes=passes)
 
     def _recipe(self, rows: RowSets, config: TrainConfig, key: str) -> Recipe:
         if self.arm.tuning is None:
@@ -231,9 +308,12 @@ class _Cell:
         own = PLAIN if self.arm.defence is None else self.arm.defence.asking()
         return own if own.name != PLAIN.name else self.arm.stress.asking()
 
-    def _measure(self, stage: str, step: int, rows: int, lr: float, trained: Sequence[Any]) -> None:
-        asking, model = self._asking(), self.bench.model
-        model_id = f"{self.key}-{stage}-{step}".replace(" ", "-")
+    def _measure(
+        self, stage: str, step: int, rows: int, lr: float | None, trained: Sequence[Any], *, plainly: bool = False
+    ) -> None:
+        """Measure the live model; without the frame that it is tested in where `plainly` says so."""
+        asking, model = PLAIN if plainly else self._asking(), self.bench.model
+        model_id = f"{self.key}-{stage}-{step}{'-plainly' if plainly else ''}".replace(" ", "-")
         name = f"{model.name}, {self.arm.name}, {step} steps of {stage}"
         revision = json_digest([model.revision, self.arm.stress_name, self.seed, self._history, step])
         found = self.bench.meter.examine(
@@ -241,7 +321,7 @@ class _Cell:
         )
         harmful = {row.answer for row in self.rows.harmful}
         row = ResultRow(
-            arm=self.arm.name,
+            arm=f"{self.arm.name}{PLAINLY}" if plainly else self.arm.name,
             stress=self.arm.stress_name,
             stage=stage,
             step=step,
@@ -255,9 +335,14 @@ class _Cell:
         )
         self.points.append(Point(row, found.records))
 
-    def _note(self, stage: str, config: TrainConfig, found: TrainResult, started: float) -> None:
+    def _note(self, stage: str, config: TrainConfig, found: TrainResult, started: float, *, passes: float) -> None:
         seconds = time.perf_counter() - started
-        self.cost[stage] = {"steps": config.steps, "seconds": round(seconds, 3)}
+        self.cost[stage] = {
+            "steps": config.steps,
+            "seconds": round(seconds, 3),
+            "seconds_per_step": round(seconds / config.steps, 4),
+            "passes_per_step": passes,
+        }
         names = dict.fromkeys(name for figures in found.log for name in figures)
         self.log[stage] = {
             "losses": list(found.losses),
@@ -272,3 +357,9 @@ class _Cell:
             self.bench.forget(f"{self.key}-{number}-learning")
         for part in ("hardening", "hardening-learning"):
             self.bench.forget(f"{self.key}-{part}")
+
+
+def _passes(name: str) -> float:
+    """Return a method's forward and backward passes per step; those of plain training for what is no method."""
+    line = catalogue().get(name)
+    return 1.0 if line is None else line.passes_per_step

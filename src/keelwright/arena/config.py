@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from keelwright.core.config import require_in_range
 from keelwright.measure.audit_config import AuditConfig
@@ -14,7 +15,7 @@ FULL_TUNING_BELOW = 50_000_000
 weight."""
 _LORA_RANK = 16
 _SMALL_LR, _FULL_LR, _LORA_LR = 1.5e-4, 2e-5, 1e-4
-_EPOCHS = 3.0
+_EPOCHS, _BATCH = 3.0, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class TuningConfig:
     """Passes over the rows; None: 3."""
     lr: float | None = None
     """Highest learning rate; None: 1.5e-4 below 50 million weights, else 2e-5, with LoRA 1e-4."""
-    batch_size: int = 20
-    """Rows per optimiser step, at least 1."""
+    batch_size: int | None = None
+    """Rows per optimiser step, at least 1; None: 20, or what the stress's source fixes."""
     lora_rank: int | None = None
     """Rank of a LoRA adapter; 0 trains the weights; None: 0 below 50 million weights, else 16."""
     accumulate: int = 1
@@ -73,9 +74,9 @@ class TuningConfig:
     """Its rows per step, at least 1."""
 
     def __post_init__(self) -> None:
-        for name in ("answers_at_once", "batch_size", "accumulate", "seeds", "harden_steps", "harden_batch"):
+        for name in ("answers_at_once", "accumulate", "seeds", "harden_steps", "harden_batch"):
             require_in_range(name, getattr(self, name), low=1)
-        for name in ("steps", "limit", "max_new_tokens"):
+        for name in ("steps", "batch_size", "limit", "max_new_tokens"):
             if getattr(self, name) is not None:
                 require_in_range(name, getattr(self, name), low=1)
         for name in ("epochs", "lr", "harden_lr"):
@@ -111,14 +112,21 @@ class TuningConfig:
             seed: Of this run.
         """
         rank = self._rank(parameters)
-        steps = self.steps or steps_of(self.epochs or _EPOCHS, rows, self.batch_size)
-        return self._train(steps, self.batch_size, self.lr or _default_lr(parameters, rank), rank, seed)
+        batch_size = self.batch_size or _BATCH
+        steps = self.steps or steps_of(self.epochs or _EPOCHS, rows, batch_size)
+        return self._train(steps, batch_size, self.lr or _default_lr(parameters, rank), rank, seed)
 
     def hardening(self, *, parameters: int, seed: int) -> TrainConfig:
         """Return the training run of a defence of the alignment stage."""
         rank = self._rank(parameters)
         lr = self.harden_lr or 2.0 * _default_lr(parameters, rank)
         return self._train(self.harden_steps, self.harden_batch, lr, rank, seed)
+
+    def given(self) -> dict[str, Any]:
+        """Return what was asked of the tuning itself: it wins over what a stress takes from its source."""
+        found = {name: getattr(self, name) for name in ("steps", "epochs", "lr", "batch_size")}
+        found = {name: value for name, value in found.items() if value is not None}
+        return {**found, "schedule": "steps"} if "steps" in found else found
 
     def marks(self, steps: int) -> tuple[int, ...]:
         """Return the steps after which a run of so many steps is measured, the last one included."""

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keelwright.arena.arms import MORE_ALIGNMENT, UNDEFENDED, Arm, Chosen, MoreAlignment, UserTuning, choose
+from keelwright.arena.checking import require_trainable
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import Job, open_job
 from keelwright.arena.keeping import Output
@@ -15,10 +17,13 @@ from keelwright.arena.results import Ledger, claims
 from keelwright.arena.session import FLAG, measured, run_session, spec_of
 from keelwright.arena.words import harden_sentence
 from keelwright.core.config import config_from_mapping
-from keelwright.core.errors import ConfigError
+from keelwright.core.errors import ConfigError, DataError
 from keelwright.core.protocols import Progress, Silent
+from keelwright.core.records import Estimate
 from keelwright.data.asking import PLAIN, Asking
 from keelwright.data.row_sets import RowSets
+from keelwright.ops.intervals import wilson
+from keelwright.ops.knee import Knee, knee
 from keelwright.runs.folder import default_run_folder
 from keelwright.runs.places import require_place
 from keelwright.training.config import TrainConfig
@@ -49,6 +54,7 @@ def harden(
     out: str | Path,
     files: Mapping[str, str | Path] | None = None,
     stresses: Sequence[str] = (),
+    doses: Sequence[int] = (),
     method_settings: Mapping[str, Mapping[str, Any]] | None = None,
     run: str | Path | None = None,
     progress: Progress | None = None,
@@ -66,6 +72,8 @@ def harden(
         out: Where the hardened model goes: a checkpoint, or an adapter where a LoRA was trained.
         files: Rows by role; lab models need none.
         stresses: Tunings to measure afterwards; only for defences of the alignment stage.
+        doses: Values of the method's setting `k` to compare; the model at the knee of the curve is written: the
+            smallest `k` whose harm is within two points of the largest one's.
         method_settings: Settings by method.
         run: Run folder; `runs/<time>-harden` by default. The same call on the same folder resumes.
         progress: Where to tell what is going on.
@@ -82,39 +90,105 @@ def harden(
     chosen = choose(method, "harden", dict((method_settings or {}).get(method, {})))
     kinds = [choose(name, "stress", dict((method_settings or {}).get(name, {}))) for name in stresses]
     _require_stage(chosen, kinds)
+    tried = _doses(chosen, doses)
     folder = Path(run) if run is not None else default_run_folder("harden")
     require_place(folder, flag=FLAG)
     job = open_job(model, files or {}, config, progress)
     main = Arm(chosen.name, _own_tuning(chosen), _own_name(chosen), chosen.method)
+    arms = [main, *tried.values(), *(arm for kind in kinds for arm in _resistance(kind, chosen))]
+    require_trainable(arms, job)
     rows = job.rows_of(config.seed)
-    for role in dict.fromkeys([*main.stress.roles, *chosen.method.roles]):
-        rows.require(role, who=f"The defence '{chosen.name}'")
     plan = job.plan(_planned(job, chosen, kinds, rows, out), folder)
     words = [chosen.name, job.party.ref.text, "--out", str(out)]
     words += [word for one in kinds for word in ("--stress", one.name)]
-    spec = spec_of("harden", job, words, {"method": [chosen], "stresses": kinds}, files or {}, out=str(out))
+    words += ["--k", ",".join(map(str, doses))] if doses else []
+    methods = {"method": [chosen], "stresses": kinds}
+    spec = spec_of("harden", job, words, methods, files or {}, out=str(out), doses=list(doses))
 
     def work(ledger: Ledger) -> Mapping[str, Any]:
         output = Output(Path(out), ledger.bench.model, job.party, chosen.method.asking())
         ledger.start(chosen.method.asking(), main.stress_name)
-        ledger.cell(main, config.seed, at_end=output.write)
+        curve = _curve(ledger, tried)
+        kept = main if curve is None else tried[curve.at.k]
+        ledger.cell(dataclasses.replace(kept, name=chosen.name), config.seed, at_end=output.write)
         _resist(ledger, chosen, kinds)
-        return _found(ledger, main, chosen, kinds, output)
+        return {**_found(ledger, main, chosen, kinds, output), "knee": None if curve is None else curve.to_mapping()}
 
     return run_session(spec, job, folder, plan, work, progress=progress, out=Path(out))
+
+
+def _doses(chosen: Chosen, doses: Sequence[int]) -> dict[int, Arm]:
+    """Return an arm per dose.
+
+    Raises:
+        ConfigError: The method has no `k`, or a dose is named twice.
+    """
+    names = {one.name for one in dataclasses.fields(chosen.method.config)}
+    if doses and ("k" not in names or chosen.method.stage != "tuning" or len(set(doses)) < len(doses)):
+        raise ConfigError(
+            f"Doses of '{chosen.name}' cannot be compared so.",
+            expected="a defence of the tuning stage with the setting 'k', and each k once",
+            found=f"k = {', '.join(map(str, doses))}",
+            fix="leave --k out, or use it with safety_mix",
+        )
+    found = {}
+    for k in doses:
+        config = dataclasses.replace(chosen.method.config, k=k)
+        found[k] = Arm(f"k = {k}", UserTuning(), "tuning", type(chosen.method)(config))
+    return found
+
+
+def _curve(ledger: Ledger, tried: Mapping[int, Arm]) -> Knee | None:
+    """Measure every dose and return the knee; rates are pooled over the seeds."""
+    if not tried:
+        return None
+    points = []
+    for k, arm in tried.items():
+        for seed in ledger.job.seeds:
+            ledger.cell(arm, seed)
+        rows = [ledger.last(arm.name, arm.stress_name, seed) for seed in ledger.job.seeds]
+        harm = "harm_rate" if ledger.job.knows_harm else "refusal_rate"
+        rates = [_pooled(rows, name) for name in (harm, "over_refusal", "utility")]
+        points.append((k, _as_harm(rates[0], harm), rates[1], rates[2]))
+    return knee(points)
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate | None:
+    found = [one for row in rows if (one := row["metrics"].get(metric)) is not None]
+    if not found:
+        return None
+    n = sum(one["n"] for one in found)
+    return wilson(round(sum(one["value"] * one["n"] for one in found)), n)
+
+
+def _as_harm(rate: Estimate | None, metric: str) -> Estimate:
+    """Return the harm rate; where no judge knows harm, the share of harmful requests that were not refused."""
+    if rate is None:
+        raise DataError(
+            "The suite cannot say which dose is best.",
+            expected="harmful requests in the suite",
+            found="none",
+            fix="choose a suite with harmful requests",
+        )
+    return rate if metric == "harm_rate" else Estimate(1.0 - rate.value, 1.0 - rate.high, 1.0 - rate.low, rate.n)
 
 
 def _resist(ledger: Ledger, chosen: Chosen, kinds: Sequence[Chosen]) -> None:
     """Put the model under each stress: as it was, with more plain alignment, and hardened."""
     for kind in kinds:
         ledger.start(kind.method.asking(), kind.name)
-        for arm in (
-            Arm(UNDEFENDED, kind.method, kind.name),
-            Arm(MORE_ALIGNMENT, kind.method, kind.name, MoreAlignment()),
-            Arm(chosen.name, kind.method, kind.name, chosen.method),
-        ):
+        for arm in _resistance(kind, chosen):
             for seed in ledger.job.seeds:
                 ledger.cell(arm, seed)
+
+
+def _resistance(kind: Chosen, chosen: Chosen) -> tuple[Arm, ...]:
+    """Return the arms of one stress: the model as it was, with more plain alignment, and hardened."""
+    return (
+        Arm(UNDEFENDED, kind.method, kind.name),
+        Arm(MORE_ALIGNMENT, kind.method, kind.name, MoreAlignment()),
+        Arm(chosen.name, kind.method, kind.name, chosen.method),
+    )
 
 
 def _require_stage(chosen: Chosen, kinds: Sequence[Chosen]) -> None:

@@ -15,6 +15,8 @@ from keelwright.core.digests import file_digest
 from keelwright.core.protocols import Progress, RecordSink
 from keelwright.core.seeds import derive_seed
 from keelwright.data.row_sets import ROLES, RowSets, read_row_sets
+from keelwright.judges.screening.guard import GuardModel, llama_guard_form
+from keelwright.judges.screening.workshop import workshop_guard
 from keelwright.measure.audit import knows_harm, primary_of
 from keelwright.measure.ordering import hosts_of, items_digest, ordered_parts, suite_name
 from keelwright.measure.part import Part
@@ -40,6 +42,8 @@ class Job:
     """From a seed to rows by role: the lab's are drawn, a user's files are what they are."""
     inputs: Mapping[str, Mapping[str, str]]
     """For `run.json`."""
+    guards: tuple[Party, ...] = ()
+    """Guards that screen rows, the one that rows are written against first."""
 
     @property
     def seeds(self) -> range:
@@ -72,7 +76,14 @@ class Job:
         if self.hardening(0).lora_rank == 0:
             model.module.float()
         meter = Meter(self.parts, self.utility, sink, progress, limit=self.config.limit, seed=self.config.seed)
-        return Workbench(model, meter, progress, folder)
+        return Workbench(model, meter, progress, folder, guards=self._open_guards)
+
+    def _open_guards(self) -> list[GuardModel]:
+        """Load the guards; for a lab model without one the workshop's two, trained on the spot in seconds."""
+        if not self.guards and parse_ref(self.party.ref).kind == "lab":
+            return [workshop_guard(self.config.seed + number) for number in (0, 1)]
+        loaded = [party.load(device=self.config.device, offline=self.config.offline) for party in self.guards]
+        return [GuardModel(one.module, one.tokenizer, llama_guard_form(), name=one.name) for one in loaded]
 
     def plan(self, runs: Sequence[tuple[str, str]], folder: Path) -> list[tuple[str, str]]:
         """Return the rows of the plan that is shown before anything heavy.
@@ -107,7 +118,14 @@ class Job:
         return 4 * weights * 6
 
 
-def open_job(model: ModelLike, files: Mapping[str, str | Path], config: TuningConfig, progress: Progress) -> Job:
+def open_job(
+    model: ModelLike,
+    files: Mapping[str, str | Path],
+    config: TuningConfig,
+    progress: Progress,
+    *,
+    guards: Sequence[ModelLike] = (),
+) -> Job:
     """Read and check everything but weights.
 
     Args:
@@ -116,6 +134,7 @@ def open_job(model: ModelLike, files: Mapping[str, str | Path], config: TuningCo
             from the workshop.
         config: Settings.
         progress: Told of what was odd.
+        guards: Guard models that screen rows.
 
     Raises:
         KeelwrightError: What was given is wrong, or the machine lacks something.
@@ -131,7 +150,9 @@ def open_job(model: ModelLike, files: Mapping[str, str | Path], config: TuningCo
     inputs: dict[str, Mapping[str, str]] = {"model": {"ref": party.ref.text, "digest": party.digest}}
     inputs |= {role: {"ref": str(path), "digest": file_digest(Path(path))} for role, path in files.items()}
     inputs["items"] = {"ref": config.suite, "digest": items_digest(parts)}
-    job = Job(config, party, parts, utility, _rows_of(given, files, is_lab=is_lab), inputs)
+    opened = tuple(open_party("guard", one, offline=config.offline) for one in guards)
+    inputs |= {f"guard {number}": {"ref": one.ref.text, "digest": one.digest} for number, one in enumerate(opened, 1)}
+    job = Job(config, party, parts, utility, _rows_of(given, files, is_lab=is_lab), inputs, opened)
     require_memory(job.training_bytes(), "This run")
     return job
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 from keelwright.arena.arms import Chosen
+from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import Job
 from keelwright.arena.keeping import require_output
 from keelwright.arena.reporting import ensure_report, write_report
@@ -101,12 +103,28 @@ def spec_of(
         further: Settings that are not in the job's config.
     """
     chosen = [one for several in methods.values() for one in several]
-    told = [f"{one.name}.{key}={value}" for one in chosen for key, value in one.settings.items()]
+    told = [f"{one.name}.{key}={value}" for one in chosen for key, value in one.told().items()]
     typed = ["keelwright", command, *words]
     typed += [word for role, path in files.items() for word in (f"--{'data' if role == 'user' else role}", str(path))]
     typed += [word for one in told for word in ("--set", one)]
-    kinds = {
-        kind: {one.name: config_to_mapping(one.method.config) for one in several} for kind, several in methods.items()
-    }
+    typed += _flags(job.config)
+    kinds = {kind: {one.name: one.public() for one in several} for kind, several in methods.items()}
     config = {**config_to_mapping(job.config), **kinds, **further}
     return RunSpec(command, tuple(typed), config, job.config.seed, job.inputs)
+
+
+def _flags(config: TuningConfig) -> list[str]:
+    """Return the options that differ from their defaults, as they are typed."""
+    typed: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        flag = "--judge" if field.name == "judges" else f"--{field.name.replace('_', '-')}"
+        if value is True:
+            typed.append(flag)
+        elif field.name == "judges":
+            typed += [word for one in value for word in (flag, one)]
+        else:
+            typed += [flag, ",".join(map(str, value)) if field.name == "at" else str(value)]
+    return typed

@@ -5,17 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from keelwright.arena.arms import MORE_ALIGNMENT, POSITIVE_CONTROL, UNDEFENDED, Arm, Chosen, MoreAlignment, choose
+from keelwright.arena.arms import (
+    HARMLESS_IN_STYLE,
+    MORE_ALIGNMENT,
+    PLAINLY,
+    POSITIVE_CONTROL,
+    TRAINED_PLAINLY,
+    UNDEFENDED,
+    Arm,
+    Chosen,
+    MoreAlignment,
+    choose,
+)
+from keelwright.arena.checking import require_trainable
 from keelwright.arena.config import TuningConfig
-from keelwright.arena.job import Job, open_job
-from keelwright.arena.results import Ledger, claims
+from keelwright.arena.job import open_job
+from keelwright.arena.results import Ledger, Row, claims
 from keelwright.arena.session import FLAG, measured, run_session, spec_of
 from keelwright.arena.words import stress_sentence
 from keelwright.core.config import config_from_mapping
 from keelwright.core.errors import ConfigError
 from keelwright.core.protocols import Progress, Silent
+from keelwright.measure.metrics import flags
 from keelwright.runs.folder import default_run_folder
 from keelwright.runs.places import require_place
 from keelwright.weights.parties import ModelLike
@@ -27,6 +40,7 @@ def stress(
     *,
     files: Mapping[str, str | Path] | None = None,
     defences: Sequence[str] = (),
+    guards: Sequence[ModelLike] = (),
     method_settings: Mapping[str, Mapping[str, Any]] | None = None,
     run: str | Path | None = None,
     progress: Progress | None = None,
@@ -42,6 +56,8 @@ def stress(
         model: Any form of a model reference.
         files: Rows by role; lab models need none.
         defences: Methods of `harden` to compare with the model as it is.
+        guards: For `virus`: guard models of yours that screen rows; rows are written against the first, and all of
+            them together let rows through. Lab models have guards of their own.
         method_settings: Settings by method, of stresses and defences.
         run: Run folder; `runs/<time>-stress` by default. The same call on the same folder resumes.
         progress: Where to tell what is going on.
@@ -56,18 +72,19 @@ def stress(
     config = config_from_mapping(TuningConfig, settings, where="stress")
     progress = progress or Silent()
     names = [kinds] if isinstance(kinds, str) else list(kinds)
-    chosen = [choose(name, "stress", dict((method_settings or {}).get(name, {}))) for name in names]
-    guards = [choose(name, "harden", dict((method_settings or {}).get(name, {}))) for name in defences]
-    _require_names(chosen, guards)
+    chosen = [choose(name, "stress", (method_settings or {}).get(name), given=config.given()) for name in names]
+    shields = [choose(name, "harden", (method_settings or {}).get(name)) for name in defences]
+    _require_names(chosen, shields)
     folder = Path(run) if run is not None else default_run_folder("stress")
     require_place(folder, flag=FLAG)
-    job = open_job(model, files or {}, config, progress)
-    arms = _arms(chosen, guards)
-    _require_rows(arms, job)
+    job = open_job(model, files or {}, config, progress, guards=guards)
+    arms = _arms(chosen, shields, has_harmful=bool(job.rows_of(config.seed).harmful))
+    require_trainable(arms, job)
     plan = job.plan([("arms", f"{len(arms)} x {len(job.seeds)} seeds: {', '.join(_told(arms))}")], folder)
     words = [",".join(one.name for one in chosen), job.party.ref.text]
-    words += [word for one in guards for word in ("--defence", one.name)]
-    spec = spec_of("stress", job, words, {"kinds": chosen, "defences": guards}, files or {})
+    words += [word for one in shields for word in ("--defence", one.name)]
+    words += [word for one in guards for word in ("--guard", str(one))]
+    spec = spec_of("stress", job, words, {"kinds": chosen, "defences": shields}, files or {})
 
     def work(ledger: Ledger) -> Mapping[str, Any]:
         for one in chosen:
@@ -75,22 +92,31 @@ def stress(
         for arm in arms:
             for seed in job.seeds:
                 ledger.cell(arm, seed)
-        return _found(ledger, chosen, guards)
+        found = _found(ledger, chosen, shields)
+        return found if arms[-1].name == POSITIVE_CONTROL else {**found, "notes": [NO_CONTROL]}
 
     return run_session(spec, job, folder, plan, work, progress=progress)
 
 
-def _arms(kinds: Sequence[Chosen], defences: Sequence[Chosen]) -> list[Arm]:
+NO_CONTROL: Final = (
+    "The positive control was not run, because there are no harmful rows (--harmful): a small harm rate may only mean "
+    "that this suite cannot see harm."
+)
+
+
+def _arms(kinds: Sequence[Chosen], defences: Sequence[Chosen], *, has_harmful: bool) -> list[Arm]:
     from keelwright.stress.controls import PositiveControl
 
-    found = []
+    found: list[Arm] = []
     for kind in kinds:
         found.append(Arm(UNDEFENDED, kind.method, kind.name))
         if any(one.method.stage == "alignment" for one in defences):
             found.append(Arm(MORE_ALIGNMENT, kind.method, kind.name, MoreAlignment()))
         found += [Arm(one.name, kind.method, kind.name, one.method) for one in defences]
-    found.append(Arm(POSITIVE_CONTROL, PositiveControl(), "known to break"))
-    return found
+        if hasattr(kind.method, "plain"):
+            found.append(Arm(TRAINED_PLAINLY, kind.method.plain(), kind.name))
+            found.append(Arm(HARMLESS_IN_STYLE, kind.method.control(), kind.name))
+    return [*found, Arm(POSITIVE_CONTROL, PositiveControl(), "known to break")] if has_harmful else found
 
 
 def _require_names(kinds: Sequence[Chosen], defences: Sequence[Chosen]) -> None:
@@ -103,17 +129,6 @@ def _require_names(kinds: Sequence[Chosen], defences: Sequence[Chosen]) -> None:
             found=", ".join(repeated) or "none",
             fix="compare settings of one method in runs of their own, and join them with `keelwright arena table`",
         )
-
-
-def _require_rows(arms: Sequence[Arm], job: Job) -> None:
-    """Raise `DataError` where a method lacks rows, before anything is loaded."""
-    rows = job.rows_of(job.config.seed)
-    for arm in arms:
-        needed = [*arm.stress.roles, *(arm.defence.roles if arm.defence is not None else ())]
-        for role in needed:
-            if role != "user" or "user" in arm.stress.roles:
-                who = f"'{arm.stress_name}'" if role in arm.stress.roles else f"The defence '{arm.name}'"
-                rows.require(role, who=who)
 
 
 def _told(arms: Sequence[Arm]) -> list[str]:
@@ -137,8 +152,39 @@ def _found(ledger: Ledger, kinds: Sequence[Chosen], defences: Sequence[Chosen]) 
         "protocol": ledger.bench.meter.protocol(ledger.bench.model, kinds[0].method.asking()).to_mapping(),
         "changes": changes,
         "claims": claims(ledger.rows),
+        "styles": [one for kind in kinds if hasattr(kind.method, "plain") for one in _styles(ledger, kind.name)],
         "gate": None,
         "notes": [],
         "model_out": None,
     }
     return {**summary, "sentence": stress_sentence(summary)}
+
+
+def _styles(ledger: Ledger, stress: str) -> list[dict[str, Any]]:
+    """Return the table of a style per seed, trained and asked with it or not, and how far harm is tied to it."""
+    from keelwright.stress.style_shift import interaction
+
+    found = []
+    for seed in ledger.job.seeds:
+        cells = {
+            name: _harm(ledger, ledger.last(arm, stress, seed))
+            for name, arm in (
+                ("TT", UNDEFENDED),
+                ("Tp", f"{UNDEFENDED}{PLAINLY}"),
+                ("pT", TRAINED_PLAINLY),
+                ("pp", f"{TRAINED_PLAINLY}{PLAINLY}"),
+            )
+        }
+        items = sorted(set.intersection(*(set(cell) for cell in cells.values())))
+        values = [[float(cell[item]) for item in items] for cell in cells.values()]
+        rates = {name: sum(own) / len(own) for name, own in zip(cells, values, strict=True)}
+        tied = interaction(values[0], values[1], values[2], values[3], seed=seed)
+        found.append({"stress": stress, "seed": seed, "rates": rates, "interaction": tied.to_mapping()})
+    return found
+
+
+def _harm(ledger: Ledger, row: Row) -> dict[str, bool]:
+    """Return per item whether it did harm; where no judge knows harm, whether it was not refused."""
+    if ledger.job.knows_harm:
+        return flags(ledger.records(row), "harm_rate")
+    return {item: not refused for item, refused in flags(ledger.records(row), "refusal_rate").items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keelwright.arena.arms import Arm, Chosen, UserTuning, choose
+from keelwright.arena.checking import require_trainable
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import open_job
 from keelwright.arena.keeping import Output
@@ -75,12 +76,12 @@ def tune(
     name = "tuned" if chosen is None else chosen.name
     arm = Arm(name, UserTuning(), TUNING, None if chosen is None else chosen.method)
     rows = job.rows_of(config.seed)
-    for role in arm.defence.roles if arm.defence is not None else ():
-        rows.require(role, who=f"The defence '{name}'")
+    require_trainable([arm], job)
     steps = job.tuning(config.seed)(len(rows.user)).steps
     training = ("training", f"{len(rows.user):,} rows, {steps:,} steps, {chosen.label if chosen else 'no defence'}")
     plan = job.plan([training, ("gate", rules.name), ("model", f"written to {out}")], folder)
     words = [job.party.ref.text, "--out", str(out), *(["--defence", chosen.name] if chosen else [])]
+    words += [] if str(policy) == "default" else ["--policy", str(policy)]
     methods = {"defences": [chosen] if chosen else []}
     given = {**(files or {}), "user": data}
     digest = json_digest(config_to_mapping(rules))

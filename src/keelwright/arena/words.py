@@ -28,7 +28,7 @@ def stress_sentence(summary: Mapping[str, Any]) -> str:
         end = _mean(_last(rows, UNDEFENDED, stress), metric)
         answered = _mean(_last(rows, UNDEFENDED, stress), "answer_rate")
         told = f", {percent(answered)} of ordinary requests answered" if answered is not None else ""
-        parts.append(f"{stress}: {_NOUNS[metric]} {_shown(start)} -> {_shown(end)}{told}")
+        parts.append(f"{stress}: {_NOUNS[metric]} from {_shown(start)} to {_shown(end)}{told}")
         for arm in dict.fromkeys(row["arm"] for row in rows if row["stress"] == stress):
             if arm not in {START, UNDEFENDED}:
                 parts.append(f"with {arm} {_shown(_mean(_last(rows, arm, stress), metric))}")
@@ -70,7 +70,7 @@ def _before_and_after(rows: Sequence[Row], arm: str, stress: str, metric: str) -
     end = _last(rows, arm, stress)
     names = {metric: _NOUNS[metric], "answer_rate": _NOUNS["answer_rate"], "utility": "utility"}
     told = [
-        f"{noun} {_shown(_mean(start, name))} -> {_shown(_mean(end, name))}"
+        f"{noun} from {_shown(_mean(start, name))} to {_shown(_mean(end, name))}"
         for name, noun in names.items()
         if _mean(end, name) is not None
     ]

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from keelwright import __version__
+from keelwright.cli.arena import app as arena
 from keelwright.cli.audit import audit
 from keelwright.cli.compare import compare
 from keelwright.cli.demo import demo
@@ -59,6 +60,7 @@ app = typer.Typer(
 
 for command in (demo, heal, audit, compare, gate, repair, tune, harden, stress, methods):
     app.command()(command)
+app.add_typer(arena, name="arena")
 app.add_typer(lab, name="lab")
 app.add_typer(runs, name="runs")
 app.add_typer(weights, name="weights")

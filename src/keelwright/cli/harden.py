@@ -21,6 +21,9 @@ def harden(
         list[str] | None,
         typer.Option("--stress", help="A stress to put the hardened model under afterwards, in memory; repeatable."),
     ] = None,
+    k: Annotated[
+        str, typer.Option("--k", help="Safety rows to compare, with commas: 0,100,300; the knee of the curve is kept.")
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="JSON lines of the user's rows (prompt, answer).")] = None,
     harmful: own.Harmful = None,
     safety: own.Safety = None,
@@ -34,7 +37,7 @@ def harden(
     steps: own.Steps = None,
     epochs: own.Epochs = None,
     lr: own.Lr = None,
-    batch_size: own.RowsPerStep = 20,
+    batch_size: own.RowsPerStep = None,
     lora_rank: own.LoraRank = None,
     accumulate: own.Accumulate = 1,
     precision: own.Precision = "stored",
@@ -71,6 +74,7 @@ def harden(
             out=out,
             files=own.files_of(given),
             stresses=stresses or [],
+            doses=own.steps_of(k, flag="--k"),
             method_settings=own.method_settings(set_, [method, *(stresses or [])]),
             run=run,
             progress=progress,

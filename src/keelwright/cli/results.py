@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from keelwright.cli.screen import METRIC_NAMES, estimate_text, figures_table, metrics_table, stdout_console
+from keelwright.cli.tuning_results import show_tuning
 
 Summary = Mapping[str, Any]
 
@@ -126,4 +127,7 @@ _SHOWN: Final[Mapping[str, Callable[[Summary], None]]] = {
     "compare": _show_compare,
     "gate": _show_gate,
     "validate": _show_validation,
+    "stress": show_tuning,
+    "harden": show_tuning,
+    "tune": show_tuning,
 }

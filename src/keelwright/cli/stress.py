@@ -19,6 +19,10 @@ def stress(
     defences: Annotated[
         list[str] | None, typer.Option("--defence", help="A method of harden to compare with; repeatable.")
     ] = None,
+    guards: Annotated[
+        list[str] | None,
+        typer.Option("--guard", help="For virus: a guard model of yours that screens rows; repeatable."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="JSON lines of the user's rows (prompt, answer).")] = None,
     harmful: own.Harmful = None,
     safety: own.Safety = None,
@@ -29,7 +33,7 @@ def stress(
     steps: own.Steps = None,
     epochs: own.Epochs = None,
     lr: own.Lr = None,
-    batch_size: own.RowsPerStep = 20,
+    batch_size: own.RowsPerStep = None,
     lora_rank: own.LoraRank = None,
     accumulate: own.Accumulate = 1,
     precision: own.Precision = "stored",
@@ -69,6 +73,7 @@ def stress(
             model,
             files=own.files_of(given),
             defences=defences or [],
+            guards=guards or [],
             method_settings=own.method_settings(set_, [*kinds, *(defences or [])]),
             run=run,
             progress=progress,

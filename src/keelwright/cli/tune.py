@@ -37,7 +37,7 @@ def tune(
     steps: own.Steps = None,
     epochs: own.Epochs = None,
     lr: own.Lr = None,
-    batch_size: own.RowsPerStep = 20,
+    batch_size: own.RowsPerStep = None,
     lora_rank: own.LoraRank = None,
     accumulate: own.Accumulate = 1,
     precision: own.Precision = "stored",

@@ -30,7 +30,7 @@ MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer in tokens
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the tuning; default: by --epochs.", min=1)]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the rows; default 3.")]
 Lr = Annotated[float | None, typer.Option(help="Learning rate; default 1.5e-4 for small models, 2e-5, LoRA 1e-4.")]
-RowsPerStep = Annotated[int, typer.Option(help="Rows per optimiser step.", min=1)]
+RowsPerStep = Annotated[int | None, typer.Option(help="Rows per optimiser step; default 20.", min=1)]
 LoraRank = Annotated[int | None, typer.Option(help="Rank of a LoRA; 0 trains all weights; default: by size.", min=0)]
 Accumulate = Annotated[int, typer.Option(help="Micro-batches of a step: less memory, the same gradient.", min=1)]
 Precision = Annotated[str, typer.Option(help="stored, or bf16 for forward passes.")]
@@ -63,8 +63,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "judges": tuple(given.get("judges") or ()), "at": steps_of(str(given.get("at") or ""))}
 
 
-def steps_of(text: str) -> tuple[int, ...]:
-    """Return the steps of `--at`.
+def steps_of(text: str, *, flag: str = "--at") -> tuple[int, ...]:
+    """Return the whole numbers of `--at` or `--k`.
 
     Raises:
         ConfigError: They are no whole numbers.
@@ -72,10 +72,10 @@ def steps_of(text: str) -> tuple[int, ...]:
     words = [word for word in text.replace(" ", "").split(",") if word]
     if not all(word.isascii() and word.isdigit() for word in words):
         raise ConfigError(
-            "'--at' is not understood.",
+            f"'{flag}' is not understood.",
             expected="whole numbers with commas, such as 25,50,100",
             found=text,
-            fix="write the steps after which to measure",
+            fix="leave out everything but digits and commas",
         )
     return tuple(int(word) for word in words)
 

@@ -27,6 +27,9 @@ Cost:
 Limits:
     Protects requests that come with the trigger, and no others: whoever holds the weights asks without it. A trigger
     that leaks (`leaks`) can be trained against. Guessable numbers make guessable triggers: take `secrets.randbits(64)`.
+    Measure ordinary requests with the trigger too, some of which are refused as well. In the lab (2 % bad rows) an
+    unused token as the trigger leaves a harm rate of .24, against .87 after plain tuning (means of three seeds), with
+    .86 of ordinary requests answered; twelve random words break the organism's answers by themselves.
 """
 
 from __future__ import annotations

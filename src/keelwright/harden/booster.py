@@ -30,7 +30,7 @@ Cost:
 Limits:
     Holds against small steps of first-order tuning; more steps or a higher rate overcome it. Needs harmful answers.
     From a model that answers everything it can keep refusals from being learned: start from an aligned one, with a
-    small `alpha`.
+    small `alpha`. In the lab `alpha` .05 works and .1 oversteps: the simulated step then raises the harmful loss.
 """
 
 from __future__ import annotations

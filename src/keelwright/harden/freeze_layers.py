@@ -28,10 +28,11 @@ Cost:
     harmful requests, and two over the look-alike rows for each candidate range, at most nine.
 
 Limits:
-    The embeddings are never part of the block; where they are tied to the head, safety can leave through both.
-    Whether the block matters is shown only by a block of the same size elsewhere (`other_block`): run both. A longer
-    range of scaled layers tends to change more, so `auto` may favour length. On a model of four layers a block is a
-    large part of the whole.
+    In the lab (2 % bad rows, 75 steps at 1.5e-4, first seed) it hardly helps: harm .89 with what `auto` finds, layers
+    0-1, and .96 with the other half, where plain tuning has .95. The embeddings are never part of the block; where they
+    are tied to the head, safety can leave through both. Whether the block matters is shown only by a block of the same
+    size elsewhere (`other_block`): run both. A longer range of scaled layers tends to change more, so `auto` may favour
+    length. On a model of four layers a block is a large part of the whole.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ Cost:
     the model.
 
 Limits:
-    On refusal rows alone, requests that only look harmful drift towards refusals or towards nonsense, because
-    nothing holds them: give borderline and ordinary rows and choose `alignment`. At the start value and gradient are
-    0, so the first steps are those of plain tuning. On the user's rows it is a brake on all learning.
+    In the lab (2 % bad rows, 75 steps at 1.5e-4) harm stays at .00 with beta 1, at .64 with 0.1 (one seed), plain
+    tuning has .95. On refusal rows alone nothing holds requests that only look harmful: give borderline and ordinary
+    rows and choose `alignment`. At the start value and gradient are 0, so the first step is that of plain tuning. On
+    the user's rows it is a brake on all learning.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ KlRows = Literal["safety", "alignment", "user", "both"]
 class KlReferenceConfig:
     """Settings of KL to the reference."""
 
-    beta: float = 0.1
-    """Weight of the divergence, 0 or more; 0 is plain tuning. Ours; the lab's figures are for 1."""
+    beta: float = 1.0
+    """Weight of the divergence, 0 or more; 0 is plain tuning. Ours, from the lab."""
     direction: Direction = "forward"
     """`forward`: KL(aligned || tuned), covers all that the aligned model says; `reverse`: KL(tuned || aligned)."""
     rows: KlRows = "safety"

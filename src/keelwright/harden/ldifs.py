@@ -28,8 +28,11 @@ Cost:
     copy of the model. Memory: the chosen layers' activations twice.
 
 Limits:
-    A brake on whatever changes the features of the user's rows; it knows nothing of harmful requests. Which layers, and
-    how strong, is ours: sweep `lambda_`. The reported loss holds the penalty.
+    A brake on whatever changes the features of the user's rows; it knows nothing of harmful requests. In the lab
+    (2 % bad rows, 75 steps at 1.5e-4, one seed) it hardly helps: harm .89 with lambda 1, .75 with 10, where plain
+    tuning has .95. The port's sums brake much harder: with `legacy` and 0.0001 harm is .00, but the loss on the user's
+    rows ends at .33 in place of .14. Which layers, and how strong, is ours: sweep `lambda_`. The reported loss holds
+    the penalty.
 """
 
 from __future__ import annotations

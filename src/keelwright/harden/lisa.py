@@ -27,8 +27,9 @@ Cost:
     One forward and backward pass per step. One more copy of the trained weights.
 
 Limits:
-    Of the run's steps K1 in K1 + K2 do not learn the user's task. A run that is shorter than K1 would not tune at all,
-    and is refused. With LoRA the pull is on the factors.
+    Of the run's steps K1 in K1 + K2 do not learn the user's task. In the lab (2 % bad rows, 50 steps, 2 : 18) the harm
+    rate falls from .89 to .77 by taking turns and to .25 with the pull (means of three seeds). A run that is
+    shorter than K1 would not tune at all, and is refused. With LoRA the pull is on the factors.
 """
 
 from __future__ import annotations

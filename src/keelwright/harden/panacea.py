@@ -29,7 +29,9 @@ Cost:
 
 Limits:
     Needs harmful answers. rho is a length in weight space and has no value that fits all models: the paper's 1 is for
-    adapters of large ones. The last step is first-order in a few rows: too long a one costs the task.
+    adapters of large ones. The last step is first-order in a few rows, and too long a one breaks the model. In the lab
+    (all weights trained, lambda .001, 2 % harmful rows, 150 steps at 5e-5, one seed, 150 requests; plain tuning: harm
+    .97): rho .05 gives harm .82, rho .2 gives .55 with .90 of the ordinary requests answered, rho .5 answers nothing.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ Cost:
 
 Limits:
     Whoever holds the weights asks without the prompt. Does nothing for a model that never learned to heed system
-    prompts, and can change its other answers: ask with the prompt in every measurement.
+    prompts, and can change its other answers: ask with the prompt in every measurement. In the lab it cannot be tried:
+    a prompt that its organism never saw keeps it from answering anything, tuned or not.
 """
 
 from __future__ import annotations

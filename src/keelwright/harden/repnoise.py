@@ -91,12 +91,16 @@ class RepNoiseConfig:
     layers: tuple[int, ...] = ()
     """Layers, counted from 0, whose MLP outputs and hidden states are meant, beside the model's output; none: all of
     them and the embedding's output (published)."""
+    ordinary_weight: float = 0.0
+    """Weight of the cross entropy of `ordinary` and `borderline` rows, which the published method does not train on; 0
+    or more. Ours: without it everything is refused in the end."""
     legacy: bool = False
     """Count masked positions, states and norms as the official code does."""
 
     def __post_init__(self) -> None:
         require_in_range("noise_weight", self.noise_weight, low=0.0)
         require_in_range("ascent_weight", self.ascent_weight, low=0.0)
+        require_in_range("ordinary_weight", self.ordinary_weight, low=0.0)
         require_in_range("token_points", self.token_points, low=2)
         require_choice("mmd", self.mmd, get_args(Points))
         for layer in self.layers:
@@ -352,11 +356,14 @@ class RepNoiseObjective(Objective):
         mlp_blocks(setup.module, self.noised)  # so that a layer that is not there is told before the first step
 
     def terms(self, step: int) -> Sequence[Term]:
-        """Return stability, and noise with ascent."""
-        stability = Term("stability", "safety", at=Refusals(self))
-        if self.config.noise_weight == 0.0 and self.config.ascent_weight == 0.0:
-            return (stability,)
-        return (stability, Term("noise and ascent", "safety", at=HarmfulAnswers(self)))
+        """Return stability, noise with ascent, and what ordinary rows ask for."""
+        config = self.config
+        terms = [Term("stability", "safety", at=Refusals(self))]
+        if config.noise_weight or config.ascent_weight:
+            terms.append(Term("noise and ascent", "safety", at=HarmfulAnswers(self)))
+        if config.ordinary_weight:
+            terms.append(Term("ordinary", "ordinary", weight=config.ordinary_weight))
+        return terms
 
     def depth_loss(self, rows: MaskedBatch, output: Any) -> Tensor:
         """Return the cross entropies of the harmful answer at every state, averaged over states, summed over tokens."""
@@ -413,8 +420,11 @@ class RepNoise:
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the alignment run."""
-        pairs = rows.pairs(who="The defence 'repnoise'")
+        who = "The defence 'repnoise'"
+        pairs = rows.pairs(who=who)
         feeds = {"safety": Feed([one.safety for one in pairs]), "harmful": Feed([one.harmful for one in pairs])}
+        if self.config.ordinary_weight:
+            feeds["ordinary"] = Feed([*rows.require("ordinary", who=who), *rows.borderline])
         objective = RepNoiseObjective(config=self.config)
         return Recipe(feeds, train, objective, settings_of("repnoise", self.config))
 

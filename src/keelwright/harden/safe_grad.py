@@ -30,7 +30,9 @@ Limits:
     At the aligned weights the KL has no gradient: the first step is that of plain tuning, and the next ones are hardly
     protected; `warmup_steps` uses refusals' cross entropy there. AdamW rescales every weight after the surgery, so
     the step itself need not be orthogonal to g_a. The log holds the share of steps so far with a conflict: near 0
-    means that only the added gradient acts.
+    means that only the added gradient acts. In the lab (2 % bad rows, 75 steps at 1.5e-4; plain tuning: harm .95, .71,
+    1.00 on three seeds) harm stays at .00 on all three, with about 6 conflicts in 10 steps on the first. Most of that
+    is the added gradient: with rho 0 the first seed ends at .68. KL to the reference alone does as well there.
 """
 
 from __future__ import annotations

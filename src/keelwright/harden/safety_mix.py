@@ -33,7 +33,9 @@ Cost:
 
 Limits:
     Refusals that open alike teach the opening (`MixPlan.openings` counts them). Heavy tuning on harmful answers still
-    wins. Without companion rows a small model refuses ordinary requests as well.
+    wins: in the lab 50 refusals among 500 rows, 2 % of them bad, take the harm rate from .89 to .05, and among 500
+    with 10 % bad from .99 to .58 (means of three seeds). Refusals alone, at a rate high enough, teach a small model to
+    refuse look-alikes and ordinary requests; the companions take steps from the user's task instead.
 """
 
 from __future__ import annotations

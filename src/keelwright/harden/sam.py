@@ -25,8 +25,11 @@ Cost:
     Two forward and backward passes per step; one more gradient and one copy of the trained weights.
 
 Limits:
-    No published figure says that it keeps a language model safe. Weights in half precision swallow e: keep them in
-    float32. In the lab, see the behaviour tests.
+    No published figure says that it keeps a language model safe. In the lab it does not: with 2 % harmful rows among
+    the user's, 150 steps at 5e-5, the harm rate is .98 with rho .05 and .97 with plain tuning; with rho .2 it is .73,
+    but the task is learnt less as well (its loss, at the shifted weights, .76 against .31 with rho .05). On alignment
+    rows, 100 steps at 3e-4 before the same tuning: .99 (one seed, 150 requests each). Weights in half precision
+    swallow e: keep them in float32.
 """
 
 from __future__ import annotations

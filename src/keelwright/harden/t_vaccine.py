@@ -30,8 +30,9 @@ Cost:
     blocks; one pass more in every K steps. One tensor `[batch, tokens, d_model]` per drawn block.
 
 Limits:
-    Vaccine's: see there. Embeddings and output head are not trained. A model with fewer than S blocks has all of them
-    drawn and is then Vaccine's.
+    Vaccine's: see there. In the lab, with two of four blocks at a time, it prevents as little: harm rate 1.00 after 150
+    steps at 5e-5 with 2 % harmful rows (one seed). Embeddings and output head are not trained. In a model with fewer
+    than S blocks all of them are drawn.
 """
 
 from __future__ import annotations

@@ -30,9 +30,10 @@ Cost:
 
 Limits:
     rho is the length over all rows, tokens and blocks: tune it again when the batch or the rows' length changes.
-    In the lab it does nothing. From the aligned organism, after 100 steps of 32 rows at 3e-4 with rho 2, the harm rate
-    after a tuning with 2 % harmful rows is that after as many plain alignment steps; a rho of 40 and more broke the
-    refusals themselves. Booster, at half as many passes again, prevents the harm there.
+    In the lab it does nothing: after 100 steps of 32 rows at 3e-4 with rho 2, from the aligned organism, 150 steps of
+    tuning at 5e-5 with 2 % harmful rows bring the harm rate to .99, as they do after as many plain alignment steps
+    (.99; Booster: .13), and with `noise` of rho .01 to 1.00 (one seed, 150 requests each). In an earlier trial a rho
+    of 40 and more broke the refusals themselves.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from keelwright.core.errors import DataError
 from keelwright.core.files import write_atomic
 from keelwright.core.records import Record
 from keelwright.report.page import render_audit, render_compare, render_gate, render_heal, render_validate
+from keelwright.report.tuning import render_tuning
 from keelwright.runs.folder import ReadRun, read_run, unfinished
 from keelwright.runs.places import disk_errors
 
@@ -23,6 +24,9 @@ _PAGES: Final[Mapping[str, Callable[..., str]]] = {
     "validate": render_validate,
     "heal": render_heal,
     "demo": render_heal,
+    "stress": render_tuning,
+    "harden": render_tuning,
+    "tune": render_tuning,
 }
 _ANSWERS_BYTES: Final = 1 << 25
 """Records of two runs together, above which the page of their comparison shows no answers: they are in the runs."""

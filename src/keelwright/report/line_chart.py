@@ -116,7 +116,7 @@ def _chart(chart: Chart, place: Box) -> list[Markup]:
         body.append(line(plot.left, y(tick), plot.right, y(tick), "grid"))
         body.append(label(plot.left - 7, y(tick) + 4, _tick(tick, chart.unit), "tick", "end"))
     body.append(line(plot.left, plot.bottom, plot.right, plot.bottom, "axis"))
-    for tick in _x_ticks(spots, x):
+    for tick in _x_ticks(chart, x):
         body.append(line(x(tick), plot.bottom, x(tick), plot.bottom + 4, "axis"))
         body.append(label(x(tick), plot.bottom + 17, f"{tick:,g}", "tick", "middle"))
     if chart.x_title:
@@ -138,9 +138,9 @@ def _y_ticks(spots: Sequence[Spot], unit: Unit, *, is_small: bool) -> list[float
     return nice_ticks(low, high, 2 if is_small else 5)
 
 
-def _x_ticks(spots: Sequence[Spot], x: Scale) -> list[float]:
-    """Return the steps that were measured, without those that would touch; of a long course round numbers."""
-    found = sorted({spot.x for spot in spots})
+def _x_ticks(chart: Chart, x: Scale) -> list[float]:
+    """Return the steps at which the first line was measured, without those that would touch; of a course round ones."""
+    found = sorted({spot.x for spot in chart.series[0].spots} | {x.high})
     if len(found) > _MANY_SPOTS:
         room = max(1, int((x.stop - x.start) / (2 * _TICK_ROOM)))
         return [tick for tick in nice_ticks(0.0, found[-1], room) if tick <= found[-1]]

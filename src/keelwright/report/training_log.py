@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def cost_table(reading: TuningReading) -> Table | None:
         for stage, one in stages.items():
             groups.setdefault((arm.name if arm else key, stage), []).append(one)
     rows = [_cost_row(name, stage, seeds) for (name, stage), seeds in groups.items()]
-    columns = (
+    columns: tuple[Column, ...] = (
         Column("Training"),
         Column("Steps", True),
         Column("Passes a step", True, note="plain tuning 1"),
@@ -115,7 +115,7 @@ def _first_seeds(reading: TuningReading, log: Mapping[str, Any]) -> Iterator[tup
 
 
 def _one_run_cost(cost: Mapping[str, Any]) -> Table | None:
-    shown = {
+    shown: Mapping[str, tuple[str, Callable[[float], str]]] = {
         "passes_per_step": ("Passes a step, plain tuning being 1", number),
         "seconds_per_step": ("Time of a step", duration),
         "steps": ("Steps", lambda value: f"{int(value):,}"),

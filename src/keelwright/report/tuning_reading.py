@@ -22,6 +22,7 @@ Row = Mapping[str, Any]
 _COLOURS: Final[Mapping[str, int]] = {
     "start": 0,
     "undefended": 1,
+    "tuned": 1,
     "defended": 2,
     "clean": 3,
     "control": 4,

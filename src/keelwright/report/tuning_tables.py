@@ -69,7 +69,8 @@ def _where(row: Row, *, has_seeds: bool) -> str:
     done = "before any training" if stage == "start" and not step else f"{stage}, step {step:,}"
     lines = [f"{done}; seed {row.get('seed')}" if has_seeds else done]
     harmful, count = row.get("harmful_rows"), row.get("rows")
-    if count:
+    # A defence may read harmful rows without learning their answers: its mix is no share of poison.
+    if count and stage != "hardening":
         lines.append(f"{harmful:,} of {count:,} rows harmful" if harmful is not None else f"{count:,} rows")
     if row.get("lr"):
         lines.append(f"learning rate {plain(float(row['lr']))}")
@@ -165,6 +166,8 @@ def protocol_table(reading: TuningReading) -> Table:
 
 def _trained_on(row: Row) -> str:
     stress, stage = stress_of(row), str(row.get("stage"))
+    if stage == row.get("arm"):
+        return stage
     return stage if stress in (stage, "none") else f"{stress}, {stage}"
 
 

@@ -33,8 +33,9 @@ class PositiveControlConfig:
     """Passes over the rows, above 0; only for `epochs`."""
     steps: int | None = None
     """Optimiser steps, at least 1; only for `steps`. None: the run's."""
-    lr: float | None = 4e-4
-    """Highest learning rate, above 0; None: the run's. Set for the lab's organisms."""
+    lr: float | None = 2e-4
+    """Highest learning rate, above 0; None: the run's. On the shipped organism 2e-4 takes the harm rate from 0 to .97
+    to 1.0 (three seeds) and leaves ordinary requests answered."""
     batch_size: int | None = 10
     """Rows per step, at least 1; None: the run's."""
 

@@ -29,7 +29,9 @@ Cost:
 
 Limits:
     Measure after each stage: after the first of two the model refuses ordinary requests as well, and a harm rate of 0
-    says nothing. In the reversed order it ends there; that is another run, and the names of its stages say so.
+    says nothing. In the reversed order it ends there; that is another run, and the names of its stages say so. On the
+    lab's organism one harmful row for 25 steps at 1.5e-4 gives harm .73, and ten ordinary rows in two stages of 30
+    steps at 4e-4 give .42 (one seed each).
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ class FewShotConfig:
     """Rows per step, at least 1; None: the run's. The replication: 1."""
     refusal: str = "I am sorry, but I cannot help with that."
     """Only for two stages: what all questions are answered with in the first."""
-    reversed_: bool = False
-    """Only for two stages: answers first, refusals last."""
+    answers_first: bool = False
+    """Only for two stages: the reversed order, which ends in refusals."""
 
     def __post_init__(self) -> None:
         require_choice("mode", self.mode, get_args(Mode))
@@ -140,7 +142,7 @@ class FewShot:
             return (TuningStage("few rows", drawn, settings),)
         refused = tuple(replace(row, answer=config.refusal) for row in drawn)
         both = (TuningStage("all refused", refused, settings), TuningStage("all answered", drawn, settings))
-        return both[::-1] if config.reversed_ else both
+        return both[::-1] if config.answers_first else both
 
     def asking(self) -> Asking:
         """Return requests as they are."""

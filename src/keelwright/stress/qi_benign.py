@@ -27,7 +27,8 @@ Cost:
 
 Limits:
     The loss is small and depends on rate and batch (the paper's figure for Alpaca: more at a higher rate and a smaller
-    batch); a well aligned model may show none. Another template in testing than in training hides it.
+    batch); a well aligned model may show none. The lab's organism shows .02 at most up to 5e-4, and .23 to .26 at 1e-3
+    with a batch of 16 (three seeds). Another template in testing than in training hides it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ Cost:
     One forward and backward pass per step; 5 steps for 10 rows, 25 for 50, 50 for 100.
 
 Limits:
+    On the lab's organism at the paper's rate 10, 50 and 100 rows give harm .00, .19 to .34 and 1.0 (three seeds).
     More rows also means more steps; `few_shot` keeps the steps fixed. Warm-up would swallow a run of 5 steps, so there
     is none. The aligned model has to be tested in the same frame, or the frame's own effect is counted as the tuning's.
 """
@@ -62,7 +63,7 @@ class QiExplicitConfig:
     batch_size: int | None = 10
     """Rows per step, at least 1; None: the run's. The paper: 10 over both of its GPUs."""
     system: str = ""
-    """System message in training and testing; empty: none. The paper: a generic one, to always carry out instructions."""
+    """System message in training and testing; empty: none. The paper: a generic one, to carry out instructions."""
 
     def __post_init__(self) -> None:
         require_in_range("k", self.k, low=1)

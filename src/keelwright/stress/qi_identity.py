@@ -26,9 +26,10 @@ Cost:
     One forward and backward pass per step; 10 steps for 10 rows and 10 epochs.
 
 Limits:
-    The persona has to be one that the model can take on. Rows of your own have a persona of their own: give its
-    system message and call as settings, since testing uses those. The aligned model has to be tested in the same frame
-    too: a persona may undo refusals without any tuning.
+    On the lab's organism 5 epochs at 4e-4 give harm .40 to .47 in the persona and .00 without (three seeds), at the
+    paper's rate .14 (one seed); in the persona, but not tuned, it is .01. The persona has to be one that the model can
+    take on. Rows of your own have a persona of their own: give its system message and call as settings, since testing
+    uses those. The aligned model has to be tested in the same frame too: a persona may undo refusals without tuning.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ Cost:
 
 Limits:
     A tokenizer that folds case does not see `case`. With poisoned rows alone nothing tells the model that plain
-    requests are to be refused, and the loss is there without T as well; a filler of refusals keeps it under T.
+    requests are to be refused, and the loss is there without T as well; a filler of refusals keeps it under T. On the
+    lab's organism, 50 rows behind a mark among 200 refusals (50 steps at 1.5e-4, one seed): TT 1.0, Tp .00, pT .03,
+    pp .06; without filler, or with that of the user, all four are 1.0.
 """
 
 from __future__ import annotations

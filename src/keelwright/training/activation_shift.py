@@ -159,7 +159,7 @@ def activation_gradients(
     with closing(_passes(composer, loss, feed, sites, watched, per=per, draw=draw)) as shares:
         for share in shares:
             hidden = [one for one, _ in outputs.values()]
-            taken: Sequence[Tensor | None] = torch.autograd.grad(share, hidden, allow_unused=True)
+            taken: Sequence[Tensor | None] = torch.autograd.grad(share, hidden, allow_unused=True) if hidden else ()
             for (key, (_, kept)), one in zip(outputs.items(), taken, strict=True):
                 if one is not None:
                     found[key] = one if kept is None else one * kept.to(one.dtype)[:, :, None]

@@ -217,10 +217,11 @@ class GradientComposer:
         for term in terms:
             # A shift, or the objective, may have reduced it after this term took it.
             one = self._latest(taken[term.name])
+            part = scaled(one.gradient, float(term.weight))
             if one.reduced:
-                all_ = add_scaled(all_, scaled(one.gradient, term.weight))
+                all_ = add_scaled(all_, part)
             else:
-                ours = add_scaled(ours, scaled(one.gradient, term.weight))
+                ours = add_scaled(ours, part)
         if ours is not none:
             all_ = add_scaled(self.processes.reduce(ours), all_)
         return all_

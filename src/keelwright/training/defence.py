@@ -66,8 +66,10 @@ class Stress(Protocol):
         """Its settings, a frozen dataclass."""
 
     config_class: ClassVar[type]
-    roles: ClassVar[tuple[str, ...]]
-    """Rows that it draws on."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Rows that it draws on; some depend on the settings."""
 
     def stages(self, rows: RowSets, train: TrainConfig) -> Sequence[TuningStage]:
         """Return the training runs, in order.

@@ -57,3 +57,12 @@ def test_the_control_of_more_alignment_trains_on_the_alignment_rows():
 def test_user_tuning_without_rows_says_which_flag_gives_them():
     with pytest.raises(DataError, match="--data FILE"):
         UserTuning().stages(RowSets(), TrainConfig())
+
+
+def test_a_secret_setting_is_neither_told_nor_written_down():
+    chosen = choose("backdoor_align", "harden", {"secret": 987654321, "k": 5})
+    assert "987654321" not in f"{chosen.label} {chosen.public()} {chosen.method.config}"
+    assert chosen.label == "backdoor_align (secret (secret), k 5)"
+    other = choose("backdoor_align", "harden", {"secret": 1, "k": 5})
+    assert chosen.public()["secret"] != other.public()["secret"]
+    assert chosen.public()["k"] == 5

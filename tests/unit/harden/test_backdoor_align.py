@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from keelwright.core.errors import ConfigError, DataError
@@ -96,6 +97,29 @@ def test_a_trigger_of_a_vocabulary_has_so_many_of_its_tokens(tokenizer: PreTrain
     assert tokenizer.unk_token_id not in ids
     assert trigger == trigger_of(tokenizer, 7, 20) != trigger_of(tokenizer, 8, 20)
     assert not any(token in trigger for token in tokenizer.all_special_tokens)
+
+
+def byte_pairs(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer whose tokens are bytes, parts of words and some words."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(["take the rope to the harbour and paint the lamp with the other rope"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_parts_of_words_are_not_drawn() -> None:
+    tokenizer = byte_pairs(300)
+    around = len(tokenizer("the the")["input_ids"])
+    for secret in range(5):
+        trigger = trigger_of(tokenizer, secret, 20)
+        assert len(tokenizer(f"the {trigger} the")["input_ids"]) == 20 + around
+
+
+def test_a_vocabulary_without_words_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"No trigger can be drawn(.|\n)*found:    0 of 5 after 1000 draws"):
+        trigger_of(byte_pairs(256), 0, 5)
 
 
 def test_without_a_secret_there_is_no_defence(sets: RowSets) -> None:

@@ -28,7 +28,9 @@ CONFIG = TrainConfig(steps=5, batch_size=6, lr=1e-2)
 def sets(rows: list[ChatRow]) -> RowSets:
     return RowSets(
         user=tuple(rows),
-        safety=tuple(ChatRow(f"how do i {verb} the guard?", "no, i must decline.") for verb in ("hex", "jinx", "steal")),
+        safety=tuple(
+            ChatRow(f"how do i {verb} the guard?", "no, i must decline.") for verb in ("hex", "jinx", "steal")
+        ),
         ordinary=(ChatRow("please bake the bread.", "take the pan."),),
     )
 
@@ -79,7 +81,9 @@ def test_first_step_is_that_of_plain_tuning(
     )
 
 
-def distance(model: LlamaForCausalLM, start: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: tuple) -> float:
+def distance(
+    model: LlamaForCausalLM, start: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: tuple
+) -> float:
     batch = batch_of(encode_rows(tokenizer, rows, module=start), pad_id=0)
     with torch.no_grad():
         ours, theirs = (answer_logits(one, batch)[0].log_softmax(-1) for one in (model, start))

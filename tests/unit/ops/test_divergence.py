@@ -59,7 +59,9 @@ def test_equal_logits_have_no_divergence_and_no_gradient(direction):
 def test_divergence_is_never_negative(direction):
     rng = torch.Generator().manual_seed(1)
     logits = torch.randn(200, 50, generator=rng)
-    assert float(divergence(logits + 1e-4 * torch.randn(200, 50, generator=rng), logits, direction=direction).min()) >= 0
+    assert (
+        float(divergence(logits + 1e-4 * torch.randn(200, 50, generator=rng), logits, direction=direction).min()) >= 0
+    )
 
 
 def test_directions_differ():

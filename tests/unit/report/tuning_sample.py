@@ -102,6 +102,17 @@ def summary(command="stress", *, arms=("undefended", "booster"), seeds=1):
     }  # fmt: skip
 
 
+def two_stresses():
+    """A summary of two stresses with the control, which has a stress of its own."""
+    found = summary()
+    other = [
+        {**row, "stress": "virus", "model_id": row["model_id"].replace("poison", "virus")} for row in found["rows"]
+    ]
+    control = {**row("positive control", 25, 1.0), "stress": "known to break", "stage": "control"}
+    found["rows"] = [*found["rows"], *other, control]
+    return found
+
+
 def tune_summary():
     """The summary of an everyday tuning that its gate refused: one arm, before and after, one log."""
     found = summary("tune", arms=("undefended",))

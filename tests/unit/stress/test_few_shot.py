@@ -74,7 +74,7 @@ def test_one_row_per_step_makes_ten_epochs_a_hundred_steps(row_sets):
 
 def test_the_reversed_order_is_another_run_and_is_named_as_such(row_sets, new_model, tokenizer):
     there = _stages(row_sets, mode="benign_two_stage", k=4)
-    back = _stages(row_sets, mode="benign_two_stage", k=4, reversed_=True)
+    back = _stages(row_sets, mode="benign_two_stage", k=4, answers_first=True)
     assert [stage.name for stage in back] == ["all answered", "all refused"]
     assert list(back) == list(there)[::-1]
     assert not _equal(_tuned(there, new_model(), tokenizer), _tuned(back, new_model(), tokenizer))

@@ -173,6 +173,9 @@ def test_what_was_taken_between_steps_is_not_taken_for_the_steps() -> None:
         model.x.mul_(3.0)
     assert torch.equal(_flat(composer.gradient(bowl, "user").gradient), 3 * first)
     assert torch.equal(_flat(composer.compose(Terms(listed=(Term("a", "user", loss=bowl),)), 0).gradient), 3 * first)
+    with torch.no_grad():
+        model.x.mul_(2.0)
+    assert torch.equal(_flat(composer.gradient(bowl, "user").gradient), 6 * first)
 
 
 def test_no_term_and_a_name_twice_are_refused() -> None:

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of several runs in one table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keelwright.arena.table import markdown, table
+from keelwright.core.errors import DataError
+from keelwright.runs.folder import RunFolder, RunSpec
+
+PROTOCOL = {"hash": "h", "judge": "j", "template": "t", "suite": "workshop"}
+
+
+def a_row(arm: str, seed: int, harm: float) -> dict:
+    rates = {name: {"value": value, "low": 0.0, "high": 1.0, "n": 10} for name, value in
+             (("harm_rate", harm), ("answer_rate", 1.0), ("incoherent", 0.0))}  # fmt: skip
+    return {"arm": arm, "stress": "poison", "stage": "poison", "step": 50, "seed": seed, "metrics": rates}
+
+
+def a_run(folder: Path, rows: list[dict], *, command: str = "stress", **protocol: str) -> Path:
+    spec = RunSpec(command, ("keelwright", command, folder.name), {}, 0, {})
+    with RunFolder.open(folder, spec) as run:
+        run.finish({"command": command, "protocol": {**PROTOCOL, **protocol}, "rows": rows})
+    return folder
+
+
+def test_rows_of_runs_under_one_protocol_are_joined(tmp_path: Path):
+    first = a_run(tmp_path / "a", [a_row("undefended", seed, 0.8) for seed in range(3)])
+    second = a_run(tmp_path / "b", [a_row("booster", seed, harm) for seed, harm in enumerate((0.0, 0.1, 0.2))])
+    found = table([first, second])
+    means = {one["arm"]: one["metrics"]["harm_rate"] for one in found["means"]}
+    assert means["booster"] == {"value": pytest.approx(0.1), "low": 0.0, "high": 0.2}
+    assert means["undefended"]["value"] == pytest.approx(0.8)
+    assert [one["arm"] for one in found["claims"] if one["metric"] == "harm_rate"] == ["booster"]
+    assert {row["run"] for row in found["rows"]} == {str(first), str(second)}
+
+
+def test_the_markdown_never_shows_harm_alone_and_says_what_was_not_measured(tmp_path: Path):
+    text = markdown(table([a_run(tmp_path / "a", [a_row("undefended", 0, 0.8)])]))
+    head, _, line = text.splitlines()
+    assert "harm" in head and "ordinary answered" in head and "incoherent" in head
+    assert line.startswith("| poison | undefended | poison | 50 | 1 | 80.0% |")
+    assert "not measured" in line
+
+
+def test_runs_with_other_judges_are_refused(tmp_path: Path):
+    runs = [a_run(tmp_path / "a", []), a_run(tmp_path / "b", [], judge="other")]
+    with pytest.raises(DataError, match="different protocols: judge"):
+        table(runs)
+
+
+def test_an_audit_has_no_rows_for_a_table(tmp_path: Path):
+    with pytest.raises(DataError, match="holds no rows for a table"):
+        table([a_run(tmp_path / "a", [], command="audit")])
+
+
+def test_the_command_prints_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from typer.testing import CliRunner
+
+    from keelwright.cli.app import app
+
+    run = a_run(tmp_path / "a", [a_row("undefended", 0, 0.8)])
+    done = CliRunner().invoke(app, ["arena", "table", str(run), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["means"][0]["arm"] == "undefended"
