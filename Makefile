@@ -10,7 +10,7 @@ ifneq ($(DATA),)
 export KEELWRIGHT_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help setup demo lint test test-slow bench bench-weights browser build clean
+.PHONY: help setup demo lint test test-slow bench bench-weights bench-tuning bench-tuning-smoke browser build clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -44,6 +44,14 @@ bench: setup  ## time and memory, compared by ratio within one run
 
 bench-weights: setup  ## weight arithmetic at 1.1 billion parameters beside cp (and MERGEKIT_YAML=.../mergekit-yaml)
 	$(BIN)/python -m benchmarks.weights --layers 22 --json bench-weights.json
+
+bench-tuning: setup  ## every defence on the lab, and what a step costs: docs/reference/defences-on-the-lab.md
+	$(BIN)/python -m benchmarks.tuning_table
+	$(BIN)/python -m benchmarks.tuning_cost --json docs/reference/tuning-cost.json
+
+bench-tuning-smoke: setup  ## the same with one seed, few items and steps; writes to runs/
+	$(BIN)/python -m benchmarks.tuning_table --smoke
+	$(BIN)/python -m benchmarks.tuning_cost --rounds 3
 
 browser: ## install the distribution's Chromium for the report's browser tests
 	@if command -v chromium chromium-browser google-chrome >/dev/null 2>&1; then echo "a browser is here"; \

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-LONG = {"lab_table", "audit_statistics"}
-"""Minutes, up to a quarter of an hour, and they write pages of the documentation: run by name."""
+LONG = {"lab_table", "audit_statistics", "tuning_table"}
+"""Minutes, up to an hour, and they write pages of the documentation: run by name."""
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 
 

@@ -13,6 +13,7 @@ from keelwright.arena.checking import require_trainable
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import Job, open_job
 from keelwright.arena.keeping import Output
+from keelwright.arena.memory import require_training_memory
 from keelwright.arena.results import Ledger, claims
 from keelwright.arena.session import FLAG, measured, run_session, spec_of
 from keelwright.arena.words import harden_sentence
@@ -98,7 +99,7 @@ def harden(
     arms = [main, *tried.values(), *(arm for kind in kinds for arm in _resistance(kind, chosen))]
     require_trainable(arms, job)
     rows = job.rows_of(config.seed)
-    plan = job.plan(_planned(job, chosen, kinds, rows, out), folder)
+    plan = job.plan([*_planned(job, chosen, kinds, rows, out), require_training_memory(job, arms)], folder)
     words = [chosen.name, job.party.ref.text, "--out", str(out)]
     words += [word for one in kinds for word in ("--stress", one.name)]
     words += ["--k", ",".join(map(str, doses))] if doses else []
@@ -106,7 +107,7 @@ def harden(
     spec = spec_of("harden", job, words, methods, files or {}, out=str(out), doses=list(doses))
 
     def work(ledger: Ledger) -> Mapping[str, Any]:
-        output = Output(Path(out), ledger.bench.model, job.party, chosen.method.asking())
+        output = Output(Path(out), ledger.bench.model, job.stored_dtype, chosen.method.asking())
         ledger.start(chosen.method.asking(), main.stress_name)
         curve = _curve(ledger, tried)
         kept = main if curve is None else tried[curve.at.k]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from keelwright.arena.cell import Workbench
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.meter import Meter
@@ -21,8 +23,9 @@ from keelwright.measure.audit import knows_harm, primary_of
 from keelwright.measure.ordering import hosts_of, items_digest, ordered_parts, suite_name
 from keelwright.measure.part import Part
 from keelwright.measure.utility import Utility, load_utility
+from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.loading import find_device
-from keelwright.models.memory import available_bytes, require_memory, shown_bytes
+from keelwright.models.memory import shown_bytes
 from keelwright.models.refs import parse_ref
 from keelwright.training.config import TrainConfig
 from keelwright.weights.parties import ModelLike, Party, open_party
@@ -89,33 +92,40 @@ class Job:
         """Return the rows of the plan that is shown before anything heavy.
 
         Args:
-            runs: What is trained: a title and its words each.
+            runs: What is trained, and the memory that it takes: a title and its words each.
             folder: The run folder.
         """
         asked = ", ".join(f"{part.name}: {len(part.items):,} answers" for part in self.parts)
         rank = self.hardening(0).lora_rank
         trained = f"a LoRA of rank {rank}" if rank else "all weights, in float32"
-        needed, hosts = self.training_bytes(), hosts_of(self.parts)
+        hosts = hosts_of(self.parts)
         return [
             ("model", f"{self.party.ref.text} ({shown_bytes(self.party.total_bytes)})"),
             ("trained", trained),
             *runs,
             ("measured", f"{asked}, at every mark"),
             ("utility", self.utility.name if self.utility is not None else "not measured (--utility)"),
-            (
-                "memory",
-                f"about {shown_bytes(needed)} and room for activations, of {shown_bytes(available_bytes())} free",
-            ),
             ("writes", f"run folder {folder}"),
             ("network", f"answers go to {', '.join(hosts)}" if hosts else "nothing leaves this machine"),
         ]
 
-    def training_bytes(self) -> int:
-        """Return the bytes of weights, gradients, moments and the copy that a cell is given back from."""
-        weights = self.party.parameters
-        if self.hardening(0).lora_rank:
-            return 2 * self.party.total_bytes
-        return 4 * weights * 6
+    @property
+    def device(self) -> torch.device:
+        """Where the model is trained."""
+        return find_device(self.config.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in training: float32 where they are trained themselves, else as they are stored."""
+        return torch.float32 if not self.hardening(0).lora_rank else self.stored_dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of most of the model's weights, as they are stored."""
+        counts: dict[str, int] = {}
+        for entry in self.party.source.entries().values():
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.elements
+        return TORCH_DTYPES[max(counts, key=lambda name: counts[name])]
 
 
 def open_job(
@@ -152,9 +162,7 @@ def open_job(
     inputs["items"] = {"ref": config.suite, "digest": items_digest(parts)}
     opened = tuple(open_party("guard", one, offline=config.offline) for one in guards)
     inputs |= {f"guard {number}": {"ref": one.ref.text, "digest": one.digest} for number, one in enumerate(opened, 1)}
-    job = Job(config, party, parts, utility, _rows_of(given, files, is_lab=is_lab), inputs, opened)
-    require_memory(job.training_bytes(), "This run")
-    return job
+    return Job(config, party, parts, utility, _rows_of(given, files, is_lab=is_lab), inputs, opened)
 
 
 def _rows_of(given: RowSets, files: Mapping[str, Any], *, is_lab: bool) -> Callable[[int], RowSets]:

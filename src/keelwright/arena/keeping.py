@@ -12,12 +12,10 @@ import torch
 
 from keelwright.core.files import require_new_folder, storage_errors, sync_folder, write_atomic
 from keelwright.data.asking import PLAIN, Asking
-from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.loading import LoadedModel
 from keelwright.models.saving import save
 from keelwright.runs.places import require_place
 from keelwright.training.loop import TrainResult
-from keelwright.weights.parties import Party
 
 ASKING_FILE = "keelwright-asking.json"
 """Beside a model that keeps its safety only when it is asked in a frame: the frame, readable by its owner alone."""
@@ -35,14 +33,15 @@ class Output:
 
     folder: Path
     model: LoadedModel
-    party: Party
+    dtype: torch.dtype
+    """Of the weights that are written."""
     asking: Asking = PLAIN
 
     def write(self, found: TrainResult) -> None:
         """Write the live model, whole or not at all; what a cut run left is written again."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if found.adapter is None:
-            save(self.model, self.folder, dtype=_stored_dtype(self.party))
+            save(self.model, self.folder, dtype=self.dtype)
         else:
             partial = self.folder.with_name(f"{self.folder.name}.partial")
             with storage_errors(self.folder):
@@ -66,11 +65,3 @@ class Output:
         with storage_errors(path):
             write_atomic(path, json.dumps({"system": system, "prompt": prompt}, indent=2))
             path.chmod(0o600)
-
-
-def _stored_dtype(party: Party) -> torch.dtype:
-    """Return the dtype of most of the model's weights, as they are stored."""
-    counts: dict[str, int] = {}
-    for entry in party.source.entries().values():
-        counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.elements
-    return TORCH_DTYPES[max(counts, key=lambda name: counts[name])]

@@ -22,6 +22,7 @@ from keelwright.arena.arms import (
 from keelwright.arena.checking import require_trainable
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import open_job
+from keelwright.arena.memory import require_training_memory
 from keelwright.arena.results import Ledger, Row, claims
 from keelwright.arena.session import FLAG, measured, run_session, spec_of
 from keelwright.arena.words import stress_sentence
@@ -80,7 +81,8 @@ def stress(
     job = open_job(model, files or {}, config, progress, guards=guards)
     arms = _arms(chosen, shields, has_harmful=bool(job.rows_of(config.seed).harmful))
     require_trainable(arms, job)
-    plan = job.plan([("arms", f"{len(arms)} x {len(job.seeds)} seeds: {', '.join(_told(arms))}")], folder)
+    told = ("arms", f"{len(arms)} x {len(job.seeds)} seeds: {', '.join(_told(arms))}")
+    plan = job.plan([told, require_training_memory(job, arms)], folder)
     words = [",".join(one.name for one in chosen), job.party.ref.text]
     words += [word for one in shields for word in ("--defence", one.name)]
     words += [word for one in guards for word in ("--guard", str(one))]

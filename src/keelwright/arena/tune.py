@@ -12,6 +12,7 @@ from keelwright.arena.checking import require_trainable
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import open_job
 from keelwright.arena.keeping import Output
+from keelwright.arena.memory import require_training_memory
 from keelwright.arena.results import Ledger
 from keelwright.arena.session import FLAG, measured, run_session, spec_of
 from keelwright.arena.words import tune_sentence
@@ -79,7 +80,8 @@ def tune(
     require_trainable([arm], job)
     steps = job.tuning(config.seed)(len(rows.user)).steps
     training = ("training", f"{len(rows.user):,} rows, {steps:,} steps, {chosen.label if chosen else 'no defence'}")
-    plan = job.plan([training, ("gate", rules.name), ("model", f"written to {out}")], folder)
+    memory = require_training_memory(job, [arm])
+    plan = job.plan([training, memory, ("gate", rules.name), ("output", f"written to {out}")], folder)
     words = [job.party.ref.text, "--out", str(out), *(["--defence", chosen.name] if chosen else [])]
     words += [] if str(policy) == "default" else ["--policy", str(policy)]
     methods = {"defences": [chosen] if chosen else []}
@@ -90,7 +92,7 @@ def tune(
     def work(ledger: Ledger) -> Mapping[str, Any]:
         asking = PLAIN if arm.defence is None else arm.defence.asking()
         ledger.start(asking, TUNING)
-        output = Output(Path(out), ledger.bench.model, job.party, asking)
+        output = Output(Path(out), ledger.bench.model, job.stored_dtype, asking)
         ledger.cell(arm, config.seed, at_end=output.write)
         return _found(ledger, arm, chosen, rules, output)
 

@@ -30,7 +30,9 @@ Cost:
 Limits:
     Holds against small steps of first-order tuning; more steps or a higher rate overcome it. Needs harmful answers.
     From a model that answers everything it can keep refusals from being learned: start from an aligned one, with a
-    small `alpha`. In the lab `alpha` .05 works and .1 oversteps: the simulated step then raises the harmful loss.
+    small `alpha`. In the lab `alpha` .05 works (after a tuning of 150 steps at 5e-5 with 2 % harmful rows harm .13,
+    .00, .00 over three seeds, after as many plain alignment steps .98, .65, .85) and .1 oversteps: the simulated step
+    then raises the harmful loss.
 """
 
 from __future__ import annotations

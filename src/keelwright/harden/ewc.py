@@ -54,6 +54,7 @@ from keelwright.ops.gradients import Gradient, add_scaled
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
 from keelwright.training.losses import Forward, answer_loss
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.rows import EncodedRow, batch_of
 from keelwright.training.setup import Setup
@@ -193,6 +194,7 @@ class Ewc:
     config_class: ClassVar[type[EwcConfig]] = EwcConfig
     stage: ClassVar[Stage] = "tuning"
     roles: ClassVar[tuple[str, ...]] = ("safety",)
+    copies: ClassVar[Copies] = Copies(weights=2)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the user's run."""

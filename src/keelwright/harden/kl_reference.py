@@ -45,6 +45,7 @@ from keelwright.ops.divergence import Direction
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
 from keelwright.training.losses import Loss, answer_loss
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.reference import AnswersAndDivergence, ReferenceDivergence, reference_logits
 from keelwright.training.setup import Setup
@@ -114,6 +115,7 @@ class KlReference:
     config_class: ClassVar[type[KlReferenceConfig]] = KlReferenceConfig
     stage: ClassVar[Stage] = "tuning"
     roles: ClassVar[tuple[str, ...]] = ("safety",)
+    copies: ClassVar[Copies] = Copies(models=1, logits=1)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the user's run."""

@@ -56,6 +56,7 @@ from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
 from keelwright.training.feeds import Feeds
 from keelwright.training.losses import Forward
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.rows import IGNORED, Batch
 from keelwright.training.setup import Reference, Setup
@@ -211,6 +212,7 @@ class Ldifs:
     config_class: ClassVar[type[LdifsConfig]] = LdifsConfig
     stage: ClassVar[Stage] = "tuning"
     roles: ClassVar[tuple[str, ...]] = ()
+    copies: ClassVar[Copies] = Copies(models=1)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the user's run."""

@@ -48,6 +48,7 @@ from keelwright.ops.gradients import add_scaled
 from keelwright.training.composer import GradientComposer, Taken
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.setup import Setup
 from keelwright.training.terms import Anchor, Objective, Term
@@ -181,6 +182,7 @@ class Lisa:
     config_class: ClassVar[type[LisaConfig]] = LisaConfig
     stage: ClassVar[Stage] = "tuning"
     roles: ClassVar[tuple[str, ...]] = ("safety",)
+    copies: ClassVar[Copies] = Copies(weights=2)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the tuning run; its steps are those of both states.

@@ -53,6 +53,7 @@ from keelwright.ops.surgery import Scope, without_conflict
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
 from keelwright.training.losses import Loss, answer_loss
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.reference import ReferenceDivergence, reference_logits
 from keelwright.training.setup import Setup
@@ -139,6 +140,7 @@ class SafeGrad:
     config_class: ClassVar[type[SafeGradConfig]] = SafeGradConfig
     stage: ClassVar[Stage] = "tuning"
     roles: ClassVar[tuple[str, ...]] = ("safety",)
+    copies: ClassVar[Copies] = Copies(gradients=1, models=1, logits=1)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the user's run."""

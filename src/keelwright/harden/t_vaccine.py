@@ -30,8 +30,8 @@ Cost:
     blocks; one pass more in every K steps. One tensor `[batch, tokens, d_model]` per drawn block.
 
 Limits:
-    Vaccine's: see there. In the lab, with two of four blocks at a time, it prevents as little: harm rate 1.00 after 150
-    steps at 5e-5 with 2 % harmful rows (one seed). Embeddings and output head are not trained. In a model with fewer
+    Vaccine's: see there. In the lab, with two of four blocks at a time, it prevents as little: harm rates of 1.00, .69,
+    1.00 where plain alignment has .98, .69, .89. Embeddings and output head are not trained. In a model with fewer
     than S blocks all of them are drawn.
 """
 

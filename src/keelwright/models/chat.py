@@ -82,15 +82,15 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return json_digest(tokenizer.chat_template) if tokenizer.chat_template else "none"
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel) -> list[int]:
-    """Return every token that ends an answer, sorted.
+def end_ids(tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel | None) -> list[int]:
+    """Return every token that ends an answer, sorted; without a model those that the tokenizer knows.
 
     Those of the generation settings, of the model's settings, of the tokenizer, and the special token that the chat
     template writes after an answer: fine-tuned models often lose the first of these.
     """
     found: set[int] = set()
-    text_config = module.config.get_text_config()
-    for settings in (module.generation_config, module.config, text_config):
+    known = () if module is None else (module.generation_config, module.config, module.config.get_text_config())
+    for settings in known:
         ids = getattr(settings, "eos_token_id", None)
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     if tokenizer.eos_token_id is not None:

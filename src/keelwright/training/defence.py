@@ -32,7 +32,10 @@ class Defence(Protocol):
     config_class: ClassVar[type]
     stage: ClassVar[Stage]
     roles: ClassVar[tuple[str, ...]]
-    """Rows that it needs, beside the user's in the tuning stage."""
+    """Rows that it needs, beside the user's in the tuning stage.
+
+    A method that holds more than plain fine-tuning says so as `copies: ClassVar[Copies]` (see `training.memory`).
+    """
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the training run.

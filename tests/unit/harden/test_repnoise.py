@@ -286,12 +286,31 @@ def test_the_three_terms_are_logged_apart(new_model: NewModel, tokenizer: PreTra
         assert figures["noise and ascent"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_noise_is_new_at_every_step_and_layer_and_the_same_when_asked_again(
-    new_model: NewModel, tokenizer: PreTrainedTokenizerFast
+def test_noise_is_new_at_every_step_and_layer_and_the_same_when_asked_again() -> None:
+    from keelwright.harden.repnoise import _normal
+
+    like = torch.zeros(5, 4)
+    places = [(seed, step, layer) for seed in (0, 1) for step in (0, 1) for layer in (0, 1)]
+    drawn = {place: _normal(like, *place) for place in places}
+    assert all(torch.equal(one, _normal(like, *place)) for place, one in drawn.items())
+    assert len({tuple(one.flatten().tolist()) for one in drawn.values()}) == 8
+
+
+def test_a_step_draws_its_noise_by_its_number_and_layer(
+    new_model: NewModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup, objective = _setup(new_model(), tokenizer, RepNoiseConfig(ascent_weight=0.0, noise_weight=1.0))
-    values = [setup.composer.compose(objective, step).losses["noise and ascent"] for step in (0, 0, 1)]
-    assert values[0] == values[1] != values[2]
+    import keelwright.harden.repnoise as room
+
+    asked: list[tuple[int, int]] = []
+    normal = room._normal
+
+    def note(like: Tensor, seed: int, step: int, layer: int) -> Tensor:
+        asked.append((step, layer))
+        return normal(like, seed, step, layer)
+
+    monkeypatch.setattr(room, "_normal", note)
+    train(new_model(), tokenizer, RepNoise().recipe(SETS, replace(TRAIN, steps=2)))
+    assert asked == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_a_run_from_a_checkpoint_ends_with_the_same_bits(

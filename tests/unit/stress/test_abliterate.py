@@ -290,8 +290,9 @@ def test_rows_give_prompts_and_the_openings_of_refusals(refusing, tokenizer, mon
     with stress.applied(module, tokenizer, rows):
         pass
     assert seen == [(HARM, ("no, such a deed would harm the village.",))]
-    with pytest.raises(DataError, match="needs 'ordinary' rows"), stress.applied(
-        module, tokenizer, RowSets(harmful=rows.harmful)
+    with (
+        pytest.raises(DataError, match="needs 'ordinary' rows"),
+        stress.applied(module, tokenizer, RowSets(harmful=rows.harmful)),
     ):
         pass
 

@@ -161,7 +161,9 @@ def test_a_killed_search_goes_on_and_ends_with_the_same_rows(prepare, tmp_path, 
     lines = (tmp_path / "cut" / FILE).read_text().splitlines()
     assert [json.loads(line).get("index") for line in lines] == [None, 0]
     calls = []
-    monkeypatch.setattr(virus_module, "search", lambda *args, **settings: calls.append(1) or original(*args, **settings))
+    monkeypatch.setattr(
+        virus_module, "search", lambda *args, **settings: calls.append(1) or original(*args, **settings)
+    )
     again = prepare(folder=tmp_path / "cut")
     assert len(calls) == 1
     assert again.results == whole.results

@@ -136,7 +136,9 @@ def test_searching_changes_no_weight_and_leaves_no_gradient(objective):
     one.exact(choices())
     pairs = zip(before, one.gradient.module.parameters(), strict=True)
     assert all(torch.equal(left, right) for left, right in pairs)
-    assert all(value.grad is None for module in (one.gradient.module, one.guard.module) for value in module.parameters())
+    assert all(
+        value.grad is None for module in (one.gradient.module, one.guard.module) for value in module.parameters()
+    )
 
 
 def test_an_adapter_alone_can_be_what_is_trained(new_model):

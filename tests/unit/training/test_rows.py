@@ -93,3 +93,9 @@ def test_a_beginning_is_broken_off_between_its_tokens(tokenizer: PreTrainedToken
     tokens = tokenizer.convert_ids_to_tokens(encoded.ids[prompt:].tolist())
     assert tokens == ["no", ",", "we", "use", "the", "rope", ".", "</s>"]
     assert encoded.prompt_tokens == prompt + 3
+
+
+def test_rows_can_be_encoded_without_a_model(tokenizer, new_model, rows):
+    alone = encode_rows(tokenizer, rows)
+    beside = encode_rows(tokenizer, rows, module=new_model())
+    assert [one.ids.tolist() for one in alone] == [one.ids.tolist() for one in beside]
