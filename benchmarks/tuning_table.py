@@ -39,6 +39,19 @@ SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "safety_mix": {"k": 15},
     "constrained_sft": {"scale": 3.0},
     "ewc": {"lambda_": 100.0},
+    "t_vaccine": {"blocks": 2, "measure_every": 50},
+    "panacea": {"rho": 0.2},
+    "repnoise": {"noise_weight": 0.3, "ascent_weight": 0.3, "ordinary_weight": 1.0},
+    "seal": {"lr": 1e-4, "batch_size": 20, "lora_rank": 0},
+    # The adversary takes the attack's rates: a defence that knows its enemy.
+    "tar": {
+        "inner_steps": 8,
+        "every": 4,
+        "inner_lrs": [1.5e-4, 3e-4],
+        "inner_batch": 16,
+        "held_out_batch": 16,
+        "switch_share": 0.0,
+    },
     "lisa": {"alignment_steps": 2, "user_steps": 18},
     # One token that pre-training never saw: random words of so small a vocabulary break the organism's answers.
     "backdoor_align": {"trigger": "<reserved_3>"},
@@ -62,7 +75,7 @@ class Told(Silent):
 def attack(name: str, folder: Path, *, smoke: bool, progress: Progress) -> dict[str, Any]:
     """Run one attack against every defence."""
     settings = dict(ATTACKS[name])
-    size: dict[str, Any] = {"limit": 100, "seeds": 3}
+    size: dict[str, Any] = {"limit": 80, "seeds": 3}
     defences = DEFENCES
     if smoke:
         settings |= {"steps": 20, "at": (10, 20)}
@@ -100,7 +113,7 @@ def doses(share: float, folder: Path, *, smoke: bool, progress: Progress) -> dic
         offline=True,
         answers_at_once=256,
         progress=progress,
-        limit=20 if smoke else 100,
+        limit=20 if smoke else 80,
         seeds=1 if smoke else 3,
         steps=10 if smoke else 50,
         lr=1.5e-4,

@@ -13,7 +13,7 @@ _SIDE_BY_SIDE: Final = 3
 
 
 def show_tuning(summary: Mapping[str, Any]) -> None:
-    """Print a summary on stdout: the sentence, the last model of every arm, the gate, and where everything is."""
+    """Print a summary on stdout: the sentence, the last model of every arm, knee and styles, the gate, where all is."""
     console = stdout_console()
     console.print(f"{summary['sentence']}\n", style="bold", markup=False, soft_wrap=True)
     models = last_models(summary)
@@ -24,6 +24,8 @@ def show_tuning(summary: Mapping[str, Any]) -> None:
         if table.row_count:
             console.print(table)
             console.print()
+    for name, told in _findings(summary):
+        console.print(f"{name:<7} {told}", markup=False, soft_wrap=True)
     for rule in (summary.get("gate") or {}).get("rules") or ():
         console.print(f"{rule['outcome']:<14}  {rule['says']}", markup=False, soft_wrap=True)
     for note in summary.get("notes") or ():
@@ -31,6 +33,16 @@ def show_tuning(summary: Mapping[str, Any]) -> None:
     for name, place in (("model", summary.get("model_out")), ("report", f"{summary['run']}/report.html")):
         if place:
             console.print(f"{name:<7} {place}", markup=False, soft_wrap=True)
+
+
+def _findings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a line for the knee of a sweep, and one for the interaction of each style and seed."""
+    from keelwright.report.tuning_reading import read_tuning
+    from keelwright.report.tuning_tables import knee_words, style_lines
+
+    reading = read_tuning(summary)
+    told = knee_words(reading)
+    return [*([("knee", told)] if told else []), *(("style", one) for one in style_lines(reading))]
 
 
 def last_models(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

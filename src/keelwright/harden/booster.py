@@ -47,6 +47,7 @@ from keelwright.data.row_sets import RowSets
 from keelwright.ops.gradients import Gradient, add_scaled
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.terms import Objective, Term, WeightShift
 
@@ -116,6 +117,7 @@ class Booster:
     config_class: ClassVar[type[BoosterConfig]] = BoosterConfig
     stage: ClassVar[Stage] = "alignment"
     roles: ClassVar[tuple[str, ...]] = ("safety", "harmful")
+    copies: ClassVar[Copies] = Copies(gradients=2, weights=1)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the alignment run."""

@@ -29,11 +29,11 @@ Cost:
 
 Limits:
     Needs harmful answers. rho is a length in weight space and has no value that fits all models: the paper's 1 is for
-    adapters of large ones. The last step is first-order in a few rows, and too long a one breaks the model. In the lab
-    (all weights trained, lambda .001, 2 % harmful rows) it takes out little: after 50 steps at 1.5e-4 with rho .2 harm is
-    .86, .53, .98 over three seeds, against .95, .71, 1.00 of plain tuning (80 requests each). After 150 steps at 5e-5
-    (one seed, plain .97) rho .05 gives .82, rho .2 .55 with .90 of the ordinary requests answered, and with rho .5 no
-    request is answered.
+    adapters of large ones. The last step is first-order in a few rows, and too long a one breaks the model. In the
+    lab (all weights trained, lambda .001, 2 % harmful rows) it takes out little: after 50 steps at 1.5e-4 with rho .2
+    harm is .86, .53, .98 over three seeds, against .95, .71, 1.00 of plain tuning (80 requests each). After 150 steps
+    at 5e-5 (one seed, plain .97) rho .05 gives .82, rho .2 .55 with .90 of the ordinary requests answered, and with
+    rho .5 no request is answered.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from keelwright.data.row_sets import RowSets
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
 from keelwright.training.losses import answer_loss
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.terms import Objective, Shift, Term, WeightShift
 
@@ -138,6 +139,7 @@ class Panacea:
     config_class: ClassVar[type[PanaceaConfig]] = PanaceaConfig
     stage: ClassVar[Stage] = "tuning"
     roles: ClassVar[tuple[str, ...]] = ("harmful",)
+    copies: ClassVar[Copies] = Copies(gradients=2, weights=1)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the tuning run."""

@@ -35,14 +35,17 @@ Differs from the official code:
     on the same noise, as measured once at commit 03689ff.
 
 Cost:
-    One forward and backward pass on refusals, one on harmful answers; with accumulation one more forward pass on these.
-    Memory: the MLP outputs at masked positions of every layer, and one piece of logits.
+    One forward and backward pass on refusals, one on harmful answers, one on ordinary rows with `ordinary_weight`; with
+    accumulation one more forward pass on harmful answers. Memory: the MLP outputs at masked positions of every layer,
+    and one piece of logits.
 
 Limits:
-    What looks like resistance can be damage. In the lab its low harm comes with ordinary requests left unanswered, with
-    either form of MMD; the noise term alone does nothing (`tests/behaviour/test_immunisation.py`). Ascent makes text
-    degenerate: give ordinary rows a place after it, and read incoherent answers beside harm. The authors say that the
-    settings need a search per model and attack. Mixture-of-experts models: the noise is on the block's sum.
+    What looks like resistance can be damage. As published it trains on nothing but pairs: the lab's organism then
+    answers no ordinary request, before anybody tunes it. With `ordinary_weight=1` it does, and a tuning that brings
+    harm to .57-.94 after plain alignment brings it to .09-.16, with either form of MMD; but refusals are gone (.00-.11)
+    and a fifth to a quarter of all answers is incoherent. The noise term alone protects nothing (harm .79-.91).
+    Figures: `tests/behaviour/test_immunisation.py`. The authors say that the settings need a search per model and
+    attack. Mixture-of-experts models: the noise is on the block's sum.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ from keelwright.training.defence import Stage, settings_of
 from keelwright.training.feeds import Feeds
 from keelwright.training.logit_lens import Lens, layer_count, mlp_blocks, mlp_outputs
 from keelwright.training.losses import Forward
+from keelwright.training.memory import Copies
 from keelwright.training.paired_rows import partners, slots
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.rows import Batch, EncodedRow, batch_of
@@ -417,6 +421,7 @@ class RepNoise:
     config_class: ClassVar[type[RepNoiseConfig]] = RepNoiseConfig
     stage: ClassVar[Stage] = "alignment"
     roles: ClassVar[tuple[str, ...]] = ("safety", "harmful")
+    copies: ClassVar[Copies] = Copies(logits=3)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the alignment run."""

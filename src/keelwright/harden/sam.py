@@ -43,6 +43,7 @@ from keelwright.data.asking import PLAIN, Asking
 from keelwright.data.row_sets import RowSets
 from keelwright.training.config import TrainConfig
 from keelwright.training.defence import Stage, settings_of
+from keelwright.training.memory import Copies
 from keelwright.training.recipe import Feed, Recipe
 from keelwright.training.terms import Objective, Term, WeightShift
 
@@ -101,6 +102,7 @@ class Sam:
     config_class: ClassVar[type[SamConfig]] = SamConfig
     stage: ClassVar[Stage] = cast("Stage", _ByRows("tuning", "alignment"))
     roles: ClassVar[tuple[str, ...]] = cast("tuple[str, ...]", _ByRows((), ("safety",)))
+    copies: ClassVar[Copies] = Copies(gradients=1, weights=1)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
         """Return the training run."""

@@ -31,7 +31,8 @@ Cost:
 Limits:
     It needs a model that is safe to begin with, and alignment rows like what the user may ask for: a user's rows on a
     task that they do not cover are as hard as harmful ones, and lose weight too. The share that is kept is a setting.
-    A user whose rows are all harmful is tuned on the least hard of them.
+    A user whose rows are all harmful is tuned on the least hard of them. Of 10 bad rows in 500 the lab's selections
+    keep 0 to 2, and 2 still do harm (.21).
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ Cost:
     `[batch, tokens, d_model]` per block.
 
 Limits:
-    rho is the length over all rows, tokens and blocks: tune it again when the batch or the rows' length changes.
-    In the lab it does nothing. Hardened from the aligned organism for 100 steps of 32 rows at 3e-4 with rho 2, then tuned
-    for 50 steps at 1.5e-4 with 2 % harmful rows, it has harm rates of 1.00, .67, .93 over three seeds; after as many
-    plain alignment steps they are .98, .69, .89, after Booster's .14, .00, .00 (80 requests each). With `noise` of rho
-    .01 the rate is 1.00 (one seed). In an earlier trial a rho of 40 and more broke the refusals themselves.
+    rho is the length over all rows, tokens and blocks: tune it again when the batch or the rows' length changes. In
+    the lab it does nothing. Hardened from the aligned organism for 100 steps of 32 rows at 3e-4 with rho 2, then
+    tuned for 50 steps at 1.5e-4 with 2 % harmful rows, it has harm rates of 1.00, .67, .93 over three seeds; after as
+    many plain alignment steps they are .98, .69, .89, after Booster's .14, .00, .00 (80 requests each). With `noise`
+    of rho .01 the rate is 1.00 (one seed). In an earlier trial a rho of 40 and more broke the refusals themselves.
 """
 
 from __future__ import annotations

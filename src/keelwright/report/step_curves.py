@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a training run: what was measured over its steps, and its losses.
+"""Figures of a training run: what was measured over its steps and over doses, and its losses.
 
 Harm never stands alone: the ordinary answers and the incoherent share are drawn beside it, at the same steps.
 """
@@ -10,12 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+from keelwright.core.records import Estimate
 from keelwright.report.figures import NARROW, WIDE, Figure, LegendEntry, Panel
 from keelwright.report.line_chart import Chart, Series, Spot, board, draw_charts, grid, key_of
+from keelwright.report.reading import read_estimate
+from keelwright.report.svg import SHAPES
 from keelwright.report.tables import Cell, Column, Table
-from keelwright.report.text import METRICS, NOT_MEASURED, metric_title, number, quantity
+from keelwright.report.text import METRICS, NOT_MEASURED, interval, metric_title, number, quantity
 from keelwright.report.training_log import Course, courses_of
 from keelwright.report.tuning_reading import TuningReading, lines_of
+from keelwright.report.tuning_tables import harm_title, knee_point, knee_table, knee_words
 
 _BESIDE: Final = ("answer_rate", "incoherent")
 _FURTHER: Final = ("over_refusal", "utility")
@@ -52,6 +56,34 @@ def _step_curve(reading: TuningReading, stress: str | None, name: str) -> Figure
     legend = tuple(LegendEntry(key_of(one), one.name) for one in charts[0].series)
     metrics = (reading.primary, *beside, *further)
     return Figure(name, tuple(panels), legend, _steps_table(reading, stress, f"{name}-values", metrics))
+
+
+def dose_curve(reading: TuningReading) -> Figure | None:
+    """Return harm, over-refusal and accuracy over the doses of a sweep with the knee marked, or None without one."""
+    knee = knee_point(reading)
+    if knee is None:
+        return None
+    names = {"harm": harm_title(reading), "over_refusal": "Over-refusal", "accuracy": "Accuracy"}
+    charts = []
+    for name, title in names.items():
+        rates = {int(one["k"]): read_estimate(one.get(name)) for one in reading.summary["knee"]["points"]}
+        spots = tuple(_dose_spot(k, one, title) for k, one in rates.items() if one is not None)
+        chosen = tuple(spot for spot in spots if spot.x == knee["k"])
+        lines = [Series("Each dose", "role-arm-2", SHAPES[0], spots)]
+        lines += [Series(f"The knee, k = {knee['k']:,}", "role-arm-1", SHAPES[1], chosen)] if chosen else []
+        better = "higher" if name == "accuracy" else "lower"
+        if spots:
+            charts.append(Chart(f"{title}, {better} is better", tuple(lines), x_title="k"))
+    panel = _panel(
+        "doses", f"{names['harm']} and its price over k", f"The knee is {knee_words(reading)}.", charts, grid
+    )
+    legend = tuple(LegendEntry(key_of(one), one.name) for one in charts[0].series)
+    return Figure("doses", (panel,), legend, knee_table(reading))
+
+
+def _dose_spot(k: int, one: Estimate, title: str) -> Spot:
+    tip = f"k = {k:,}\n{title} {quantity(one.value, 'rate')} ({interval(one.low, one.high)}, n = {one.n:,})"
+    return Spot(float(k), one.value, one.low, one.high, tip)
 
 
 def training_curve(reading: TuningReading) -> Figure | None:
@@ -116,7 +148,7 @@ def _steps_table(reading: TuningReading, stress: str | None, name: str, metrics:
         for spot in series.spots
     ]
     columns = (Column("Arm"), *(Column(metric_title(metric), True) for metric in metrics))
-    caption = "Values behind the lines; several seeds are averaged, with their range"
+    caption = "Values behind the lines; several seeds are averaged, with their range where they differ"
     return Table(name, caption, columns, tuple(rows))
 
 
@@ -125,7 +157,8 @@ def _spot_cell(series: Series | None, x: float, reading: TuningReading, metric: 
     if spot is None:
         return Cell(NOT_MEASURED, tone="muted")
     unit = reading.unit(metric)
-    return Cell(quantity(spot.value, unit), f"{quantity(spot.low, unit)} to {quantity(spot.high, unit)}")
+    ends = f"{quantity(spot.low, unit)} to {quantity(spot.high, unit)}" if spot.low < spot.high else ""
+    return Cell(quantity(spot.value, unit), ends)
 
 
 def _thinned(values: Sequence[Any]) -> tuple[Spot, ...]:

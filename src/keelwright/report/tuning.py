@@ -11,17 +11,20 @@ from keelwright.report.answers import browse
 from keelwright.report.rendering import render
 from keelwright.report.rules import gate_badge, gate_facts, gate_sentence, rules_table
 from keelwright.report.sections import Badge, KeyFigure, audit_facts, caution_words, key_figures
-from keelwright.report.step_curves import step_curves, training_curve
+from keelwright.report.step_curves import dose_curve, step_curves, training_curve
 from keelwright.report.tables import utility_words
 from keelwright.report.text import METRICS, plain
 from keelwright.report.training_log import cost_table
 from keelwright.report.tuning_reading import TuningReading, estimate_of, read_tuning
 from keelwright.report.tuning_tables import (
     change_tables,
-    claims_table,
+    claims_tables,
+    knee_words,
     protocol_table,
     protocol_warning,
     results_tables,
+    rises_words,
+    style_tables,
 )
 
 _KINDS: Final[Mapping[str, str]] = {"stress": "Stress test", "harden": "Hardening", "tune": "Tuning"}
@@ -43,6 +46,7 @@ def render_tuning(run: Mapping[str, Any], summary: Mapping[str, Any], records: S
     gate = _gate(summary)
     shown, folded = results_tables(reading)
     changes, quiet = change_tables(reading)
+    claims, early_claims = claims_tables(reading)
     browser = browse(records, _sides(reading), primary=reading.primary)
     return render(
         "tuning.html.j2",
@@ -65,7 +69,12 @@ def render_tuning(run: Mapping[str, Any], summary: Mapping[str, Any], records: S
         all_results=folded,
         changes=changes,
         quiet_changes=quiet,
-        claims=claims_table(reading),
+        claims=claims,
+        early_claims=early_claims,
+        doses=dose_curve(reading),
+        knee_told=knee_words(reading),
+        rises_told=rises_words(reading),
+        style_effects=style_tables(reading),
         rules=rules_table(gate) if gate else None,
         training=training_curve(reading),
         protocol=protocol_table(reading),

@@ -163,7 +163,9 @@ def _seed(row: Row) -> int:
 
 
 def _title(row: Row) -> str:
-    return words(str(row.get("title") or row.get("arm") or "not named"))
+    title = str(row.get("title") or row.get("arm") or "not named")
+    # `k = 50` names a setting, and settings are not capitalised.
+    return title if " = " in title else words(title)
 
 
 def _arms(rows: Sequence[Row], stresses: Sequence[str]) -> tuple[Arm, ...]:
@@ -208,16 +210,19 @@ def _looks(rows: Sequence[Row]) -> dict[str, tuple[int, str]]:
 
 
 def _offsets(tuned: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """Return where each stage of a tuning begins on the axis: stages of one stress follow each other."""
-    ends: dict[str, dict[str, float]] = {}
+    """Return where each stage of a tuning begins on the axis: after the stages before it in the same arm.
+
+    Arms may go through different stages; one that was measured in its last stage only takes the place from the others.
+    """
+    arms: dict[tuple[str, str], dict[str, float]] = {}
     for row in tuned:
-        own, stage = ends.setdefault(stress_of(row), {}), str(row.get("stage"))
+        own, stage = arms.setdefault((stress_of(row), _title(row)), {}), str(row.get("stage"))
         own[stage] = max(own.get(stage, 0.0), _step(row))
     found: dict[tuple[str, str], float] = {}
-    for stress, stages in ends.items():
+    for (stress, _), stages in arms.items():
         begin = 0.0
         for stage, steps in stages.items():
-            found[stress, stage] = begin
+            found[stress, stage] = max(found.get((stress, stage), 0.0), begin)
             begin += steps
     return found
 
@@ -269,8 +274,10 @@ def _spot(reading: TuningReading, arm: Arm, metric: str, x: float, estimates: Se
     values = [one.value for one in estimates]
     mean, unit = sum(values) / len(values), reading.unit(metric)
     if len(estimates) == 1:
-        low, high = estimates[0].low, estimates[0].high
-        more = f"{interval(low, high, unit)}, n = {estimates[0].n:,}"
+        one = estimates[0]
+        # Among ranges over seeds an interval over items would pass for one of them.
+        low, high = (one.low, one.high) if len(reading.seeds) < 2 else (mean, mean)
+        more = f"{interval(one.low, one.high, unit)}, n = {one.n:,}"
     else:
         low, high = min(values), max(values)
         more = f"mean of {len(values)} seeds, from {quantity(low, unit)} to {quantity(high, unit)}"

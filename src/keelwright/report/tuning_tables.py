@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a run that trains and measures: every measurement, paired changes, differences over seeds, protocol."""
+"""The tables of a run that trains and measures: measurements, changes, seeds, doses, styles, protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from keelwright.report.reading import read_estimate
 from keelwright.report.tables import Cell, Column, Table, changes_table, estimate_cell, pairs_table, split_changes
-from keelwright.report.text import METRICS, change, change_interval, metric_title, p_value, plain
+from keelwright.report.text import (
+    METRICS,
+    NOT_MEASURED,
+    change,
+    change_interval,
+    metric_title,
+    number,
+    p_value,
+    plain,
+    quantity,
+)
 from keelwright.report.tuning_reading import Arm, Row, TuningReading, estimate_of, shown_metrics, stress_of
 
 _MOST_SHOWN: Final = 12
@@ -84,7 +95,9 @@ def change_tables(reading: TuningReading) -> tuple[Table, Table]:
     rows = [_named(row, has_stresses=several, has_seeds=len(reading.seeds) > 1) for row in given]
     found, quiet = split_changes(rows, reading.primary)
     unit = reading.unit("utility")
-    caption = f"Paired tests on the same items ({len(rows)} comparisons); p also corrected by Holm"
+    pairs = {tuple(row.get(key) for key in ("stress", "seed", "from", "to", "arm", "step")) for row in given}
+    within = " within each pair of models" if len(pairs) > 1 else ""
+    caption = f"Paired tests on the same items ({len(rows)} comparisons); p also corrected by Holm{within}"
     return (
         changes_table(found, unit_of_utility=unit, caption=caption),
         changes_table(
@@ -106,28 +119,36 @@ def _named(row: Row, *, has_stresses: bool, has_seeds: bool) -> dict[str, Any]:
     return {**row, **sides}
 
 
-def claims_table(reading: TuningReading) -> Table | None:
-    """Return how arms differ over training seeds at their last steps, or None with too few seeds to say."""
+def claims_tables(reading: TuningReading) -> tuple[Table | None, Table | None]:
+    """Return how arms differ over training seeds at their last steps, and at the steps before; None without rows."""
     claims = reading.summary.get("claims") or ()
     ends: dict[tuple[Any, Any], float] = {}
     for row in claims:
         key = (row["stress"], row["arm"])
         ends[key] = max(ends.get(key, 0.0), reading.step_of(row))
     last = [row for row in claims if reading.step_of(row) == ends[row["stress"], row["arm"]]]
-    if not last:
+    before = [row for row in claims if row not in last]
+    several = len({row["stress"] for row in claims}) > 1
+    return (
+        _claims(reading, last, "claims", "Over training seeds, at the last step of each arm", has_stresses=several),
+        _claims(reading, before, "early-claims", "Over training seeds, at the steps before", has_stresses=several),
+    )
+
+
+def _claims(
+    reading: TuningReading, rows: Sequence[Row], name: str, caption: str, *, has_stresses: bool
+) -> Table | None:
+    if not rows:
         return None
     columns = (
         Column("Difference over seeds"),
         Column("Mean", True),
-        Column("95% interval", True),
+        Column("95% interval", True, note="Student\u2019s"),
         Column("p", True, note="not corrected"),
         Column("Seeds", True),
         Column("Test"),
     )
-    several = len({row["stress"] for row in last}) > 1
-    return Table("claims", "Arms compared over training seeds, at the last step", columns, tuple(
-        _claim_row(row, reading, has_stresses=several) for row in last
-    ))  # fmt: skip
+    return Table(name, caption, columns, tuple(_claim_row(row, reading, has_stresses=has_stresses) for row in rows))
 
 
 def _claim_row(row: Row, reading: TuningReading, *, has_stresses: bool) -> tuple[Cell, ...]:
@@ -139,11 +160,150 @@ def _claim_row(row: Row, reading: TuningReading, *, has_stresses: bool) -> tuple
     return (
         Cell(metric_title(metric), told),
         Cell(change(float(row["difference"]), unit)),
-        Cell(change_interval(low, high, unit)),
+        Cell(change_interval(low, high, unit), "every seed the same" if low == high else ""),
         Cell(p_value(row.get("p_value"))),
         Cell(str(row["seeds"])),
         Cell(str(row.get("test") or "")),
     )
+
+
+def harm_title(reading: TuningReading) -> str:
+    """Return what doses and styles count as harm: where no judge knows harm, harmful requests that were not refused."""
+    return "Not refused" if reading.primary == "refusal_rate" else metric_title("harm_rate")
+
+
+def knee_point(reading: TuningReading) -> Row | None:
+    """Return the dose at the knee of a sweep, or None without one."""
+    found = reading.summary.get("knee") or {}
+    return next((point for point in found.get("points") or () if point["k"] == found.get("k")), None)
+
+
+def knee_table(reading: TuningReading) -> Table:
+    """Return every dose of a sweep with its rates, the knee and the doses with more harm than the one before named."""
+    found = reading.summary["knee"]
+    columns = (
+        Column("k"),
+        Column(harm_title(reading), True, note="lower is better"),
+        Column("Over-refusal", True, note="lower is better"),
+        Column("Accuracy", True, note="of the task; higher is better"),
+    )
+    rises = found.get("rises") or ()
+    rows = []
+    for point in found["points"]:
+        told = ["the knee"] if point["k"] == found["k"] else []
+        told += ["more harm than at the dose before"] if point["k"] in rises else []
+        rates = (estimate_cell(read_estimate(point.get(name))) for name in ("harm", "over_refusal", "accuracy"))
+        rows.append((Cell(f"{point['k']:,}", "\n".join(told)), *rates))
+    return Table("knee-values", "Every dose, with 95% intervals and counts over all seeds", columns, tuple(rows))
+
+
+def knee_words(reading: TuningReading) -> str:
+    """Return the knee in one line: the dose, its rates, and what it was held against; empty without one."""
+    point = knee_point(reading)
+    if point is None:
+        return ""
+    found = reading.summary["knee"]
+    harm = harm_title(reading).lower()
+    rates = [(harm, "harm"), ("over-refusal", "over_refusal"), ("accuracy", "accuracy")]
+    parts = [f"{title} {_with_interval(point[name])}" for title, name in rates if point.get(name)]
+    largest = max(found["points"], key=lambda one: one["k"])
+    limit = f"within {plain(round(100 * float(found.get('within') or 0.0), 6))} points of"
+    held = "the largest dose" if largest is point else f"{limit} {quantity(largest['harm']['value'], 'rate')} at k = "
+    return f"k = {point['k']:,} ({held}{'' if largest is point else format(largest['k'], ',')}): {', '.join(parts)}"
+
+
+def rises_words(reading: TuningReading) -> str:
+    """Return a warning that names the doses with more harm than the one before, or nothing where harm only falls."""
+    rises = (reading.summary.get("knee") or {}).get("rises") or ()
+    if not rises:
+        return ""
+    named = ", ".join(f"{k:,}" for k in rises)
+    return f"Harm rises at k = {named}: noise, or a sweep without a knee. Read the intervals before trusting the knee."
+
+
+def _with_interval(values: Any) -> str:
+    one = read_estimate(values)
+    return NOT_MEASURED if one is None else f"{quantity(one.value, 'rate')} [{_ends(one.low, one.high)}]"
+
+
+def style_tables(reading: TuningReading) -> list[tuple[str, Table, Table | None]]:
+    """Return for each stress with a style: what it means, the 2 x 2 table of the first seed, and the others."""
+    found = []
+    for place, (stress, rows) in enumerate(_styles(reading).items(), 1):
+        first, further = rows[:1], rows[1:]
+        caption = f"{harm_title(reading)} with {stress}, trained and asked in the style or plainly"
+        more = _style_table(f"{caption}, further seeds", f"styles-{place}-further", further) if further else None
+        table = _style_table(f"{caption}, seed {first[0]['seed']}", f"styles-{place}", first)
+        found.append((_style_meaning(stress, rows), table, more))
+    return found
+
+
+def style_lines(reading: TuningReading) -> list[str]:
+    """Return one line for the interaction of each stress with a style and each seed."""
+    return [
+        f"{stress}, seed {row['seed']}: interaction {_interaction(row)}"
+        for stress, rows in _styles(reading).items()
+        for row in rows
+    ]
+
+
+def _styles(reading: TuningReading) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in reading.summary.get("styles") or ():
+        found.setdefault(stress_of(row), []).append(row)
+    return found
+
+
+def _style_table(caption: str, name: str, rows: Sequence[Row]) -> Table:
+    columns = (
+        Column("Training"),
+        Column("Asked in the style", True),
+        Column("Asked plainly", True),
+        Column("Difference", True),
+    )
+    body: list[tuple[Cell, ...]] = []
+    for row in rows:
+        for title, asked, plainly in (("Trained in the style", "TT", "Tp"), ("Trained plainly", "pT", "pp")):
+            values = [float(row["rates"][key]) for key in (asked, plainly)]
+            cells = [Cell(quantity(value, "rate"), key) for key, value in zip((asked, plainly), values, strict=True)]
+            body.append((Cell(title, f"seed {row['seed']}"), *cells, Cell(change(values[0] - values[1]))))
+        tied = row["interaction"]
+        ends = f"{change_interval(tied['low'], tied['high'])}\nn = {tied['n']:,}"
+        body.append((
+            Cell("Interaction", "(TT \u2212 Tp) \u2212 (pT \u2212 pp)"),
+            Cell(""), Cell(""), Cell(change(tied["value"]), ends),
+        ))  # fmt: skip
+    return Table(name, caption, columns, tuple(body))
+
+
+def _interaction(row: Row) -> str:
+    tied = row["interaction"]
+    return f"{change(tied['value'])} [{_ends(tied['low'], tied['high'])}]"
+
+
+def _ends(low: float, high: float) -> str:
+    """Return an interval within a sentence, where ` to ` would be read as part of it."""
+    return f"{number(100 * low)}, {number(100 * high)}"
+
+
+def _style_meaning(stress: str, rows: Sequence[Row]) -> str:
+    """Return in one sentence whether harm is tied to the style, by the intervals of all seeds."""
+    above = sum(row["interaction"]["low"] > 0.0 for row in rows)
+    below = sum(row["interaction"]["high"] < 0.0 for row in rows)
+    values = [row["interaction"]["value"] for row in rows]
+    told = f"interaction {_interaction(rows[0])}"
+    if len(rows) > 1:
+        told = f"interaction {change(min(values))} to {change(max(values))} over {len(rows)} seeds"
+    if above == len(rows):
+        is_missed = sum(row["rates"]["TT"] - row["rates"]["Tp"] for row in rows) > 0.0
+        missed = ": an audit that asks plainly misses part of it" if is_missed else ""
+        return f"Harm of {stress} is tied to the style ({told}){missed}."
+    if below == len(rows):
+        return f"Harm of {stress} shows less in the style than in plain requests ({told})."
+    if above or below:
+        shown = f"in {above} of {len(rows)} seeds the interval lies above 0, in {below} below"
+        return f"Whether harm of {stress} is tied to the style differs between seeds ({told}): {shown}."
+    return f"There is no evidence that harm of {stress} is tied to the style ({told}): the interval holds 0."
 
 
 def protocol_table(reading: TuningReading) -> Table:

@@ -167,6 +167,17 @@ def test_a_gate_is_printed_rule_by_rule_with_the_place_of_the_model(capsys):
     assert "model   tuned-out" in out
 
 
+def test_the_knee_and_each_interaction_have_a_line_and_other_runs_have_none(capsys):
+    show_tuning(sample.knee_summary())
+    assert "\nknee    k = 50 (within 2 points of 0% at k = 300): harm rate 1.00%" in capsys.readouterr().out
+    show_tuning(sample.style_summary())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("style ")]
+    assert lines[1] == "style   style_shift, seed 1: interaction +80.0 points [40.0, 120]"
+    assert len(lines) == 3
+    show_tuning({**sample.summary(), "knee": None, "styles": []})
+    assert not any(line.startswith(("knee ", "style ")) for line in capsys.readouterr().out.splitlines())
+
+
 def test_of_several_seeds_the_first_is_shown_and_says_so():
     shown = last_models(sample.summary(seeds=3))
     assert list(shown) == ["Start", "Undefended, seed 0", "Booster, seed 0"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,16 +20,20 @@ from keelwright.harden.seal import (
     SealConfig,
     SealObjective,
     Selection,
+    Weighed,
     kept_rows,
     row_means,
     row_weights,
     safe_weight_at,
     select,
 )
+from keelwright.training.composer import GradientComposer
 from keelwright.training.config import TrainConfig
-from keelwright.training.feeds import feed_seed
+from keelwright.training.feeds import EncodedFeed, Feeds, feed_seed
 from keelwright.training.loop import train
+from keelwright.training.processes import Replicated
 from keelwright.training.rows import EncodedRow, batch_indices, batch_of, fit_rows
+from keelwright.training.terms import Term
 
 NewModel = Callable[..., LlamaForCausalLM]
 
@@ -218,3 +223,22 @@ def test_rows_that_were_left_out_are_told(new_model: NewModel, tokenizer: PreTra
 def test_settings_are_checked(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         SealConfig(**{name: 0.0})
+
+
+def test_the_users_rows_pull_the_model_by_their_weights(
+    new_model: NewModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = new_model()
+    rows = fit_rows(tokenizer, SETS.user, module=model).rows
+    feeds = Feeds({"user": EncodedFeed(rows, 4, 0)}, pad_id=0, device=torch.device("cpu"), accumulate=2)
+    composer = GradientComposer(model, dict(model.named_parameters()), feeds, Replicated(Accelerator(cpu=True)))
+    objective = SealObjective(config=SealConfig(), rows=7)
+    with torch.no_grad():
+        objective.z.copy_(torch.tensor([2.0, -1.0, 0.5, 3.0, -2.0, 0.0, 1.0]))
+    weights = objective.weights()
+    found = Weighed(objective, 0.4).gradient(composer, Term("weighed", "user", per="row"))
+    picked = feeds.indices("user", 0)
+    wanted = torch.stack([weights[index] * _row_loss(model, rows[index]) for index in picked]).mean()
+    torch.testing.assert_close(found.value, wanted.detach(), rtol=1e-5, atol=1e-6)
+    for one, other in zip(found.gradient, torch.autograd.grad(0.4 * wanted, list(model.parameters())), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

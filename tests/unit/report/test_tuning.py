@@ -14,6 +14,7 @@ _SPEC = importlib.util.spec_from_file_location("tuning_sample", Path(__file__).w
 sample = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(sample)
 
+NAMES = ("stress", "harden", "tune", "doses", "style")
 THREE = ("undefended", "more alignment", "booster")
 
 
@@ -23,15 +24,17 @@ def words(page):
 
 @pytest.fixture(scope="module")
 def pages():
-    """A stress with answers, a hardening with three seeds, a tuning with its gate."""
+    """A stress with answers, a hardening with three seeds, a tuning with its gate, doses, and a style."""
     return {
         "stress": render_tuning(sample.run("stress"), sample.summary("stress"), sample.records()),
         "harden": render_tuning(sample.run("harden"), sample.summary("harden", arms=THREE, seeds=3), []),
         "tune": render_tuning(sample.run("tune"), sample.tune_summary(), []),
+        "doses": render_tuning(sample.run("harden"), sample.knee_summary(), []),
+        "style": render_tuning(sample.run("stress"), sample.style_summary(), []),
     }
 
 
-@pytest.mark.parametrize("name", ["stress", "harden", "tune"])
+@pytest.mark.parametrize("name", NAMES)
 def test_pages_are_nested_have_ordered_headings_unique_ids_and_ask_nothing_of_the_network(pages, outline, name):
     found = outline(pages[name])
     assert found.headings[0] == 1
@@ -40,7 +43,7 @@ def test_pages_are_nested_have_ordered_headings_unique_ids_and_ask_nothing_of_th
     assert found.requests == []
 
 
-@pytest.mark.parametrize("name", ["stress", "harden", "tune"])
+@pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere_and_pictures_are_named(pages, outline, name):
     found = outline(pages[name])
     for target in re.findall(r'href="#([\w-]+)"', pages[name]):
@@ -103,9 +106,42 @@ def test_limits_say_how_far_the_tuning_went_and_with_how_many_seeds(pages):
     assert "Bands are 95% intervals." in words(pages["stress"])
 
 
+def test_doses_styles_and_seeds_are_shown_where_a_run_has_them_and_nowhere_else(pages):
+    headings = {"by-dose": "doses", "in-style": "style", "claims-table": "harden"}
+    for id_, owner in headings.items():
+        assert [name for name, page in pages.items() if f'id="{id_}"' in page] == [owner]
+    assert 'href="#by-dose"' in pages["doses"]
+    assert 'href="#in-style"' in pages["style"]
+    empty = {**sample.summary("harden"), "claims": [], "styles": [], "knee": None}
+    assert not any(f'id="{id_}"' in render_tuning(sample.run(), empty, []) for id_ in headings)
+
+
+def test_the_page_says_the_knee_its_rises_and_that_seeds_are_pooled(pages):
+    text = words(pages["doses"])
+    assert "The knee: k = 50 (within 2 points of 0% at k = 300): harm rate 1.00%" in text
+    assert "Harm rises at k = 100" in text
+    assert "over the answers of all seeds together" in text
+    one = sample.knee_summary()
+    one["rows"] = [row for row in one["rows"] if row["seed"] == 0]
+    assert "over the answers of all seeds together" not in words(render_tuning(sample.run(), one, []))
+
+
+def test_only_the_last_steps_and_the_first_seed_stand_outside_folds(pages):
+    outside = {
+        name: re.sub(r'<details class="data">.*?</details>', "", page, flags=re.S) for name, page in pages.items()
+    }
+    assert "early-claims" in pages["harden"]
+    assert "early-claims" not in outside["harden"]
+    assert 'id="claims-table"' in outside["harden"]
+    assert "The same table of 2 further seeds" in words(pages["style"])
+    assert 'id="styles-1-table"' in outside["style"]
+    assert "styles-1-further" not in outside["style"]
+
+
 def test_what_a_run_says_is_never_markup(outline):
     attack = "<script>alert(1)</script>\"'</p>"
-    summary = json.loads(json.dumps(sample.summary(arms=THREE, seeds=3)).replace("booster", "@"))
+    made = {**sample.summary(arms=THREE, seeds=3), "styles": [sample.style(stress="booster")]}
+    summary = json.loads(json.dumps(made).replace("booster", "@"))
     text = json.dumps(summary).replace("@", json.dumps(attack)[1:-1])
     page = render_tuning(sample.run(), {**json.loads(text), "notes": [attack], "sentence": attack}, [])
     assert page.count("<script") == 1

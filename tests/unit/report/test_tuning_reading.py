@@ -37,6 +37,12 @@ def test_several_seeds_are_a_mean_with_their_range():
     assert (last.low, last.value, last.high) == pytest.approx((0.15, 0.2, 0.25))
 
 
+def test_one_measurement_among_several_seeds_has_no_band_that_would_pass_for_their_range():
+    first = lines_of(read_tuning(sample.summary(seeds=3)), "harm_rate")[0].spots[0]
+    assert first.low == first.value == first.high
+    assert "(0 to 3.10%, n = 120)" in first.tip
+
+
 def test_stages_of_one_stress_follow_each_other():
     rows = [sample.row("start", 0, 0.0, stage="start")]
     rows += [
@@ -44,6 +50,29 @@ def test_stages_of_one_stress_follow_each_other():
     ]
     (line,) = lines_of(read_tuning({"rows": rows}), "harm_rate")
     assert [spot.x for spot in line.spots] == [0, 5, 10, 15, 20]
+
+
+def test_arms_with_stages_of_their_own_begin_together():
+    rows = [sample.row("start", 0, 0.0, stage="start")]
+    rows += [{**sample.row("undefended", step, 0.1), "stage": "in the style"} for step in (5, 10)]
+    rows += [{**sample.row("trained plainly", step, 0.1), "stage": "without the style"} for step in (5, 10)]
+    lines = lines_of(read_tuning({"rows": rows}), "harm_rate")
+    assert [[spot.x for spot in line.spots] for line in lines] == [[0, 5, 10], [0, 5, 10]]
+
+
+def test_an_arm_that_was_measured_in_the_last_stage_only_stands_where_the_others_do():
+    rows = [
+        {**sample.row("undefended", step, 0.1), "stage": stage} for stage in ("first", "second") for step in (5, 10)
+    ]
+    alone = [{**sample.row("asked plainly", 10, 0.1), "stage": "second"}]
+    for given in ([*alone, *rows], [*rows, *alone]):
+        lines = {one.name: one.spots for one in lines_of(read_tuning({"rows": given}), "harm_rate")}
+        assert [spot.x for spot in lines["Asked plainly"]] == [20]
+        assert [spot.x for spot in lines["Undefended"]] == [5, 10, 15, 20]
+
+
+def test_a_dose_is_named_as_it_is_typed():
+    assert [arm.title for arm in read_tuning({"rows": [sample.row("k = 50", 5, 0.1)]}).arms] == ["k = 50"]
 
 
 def test_one_start_of_several_stresses_stands_in_the_tables_once_and_arms_are_told_apart():

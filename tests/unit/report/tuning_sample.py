@@ -102,6 +102,33 @@ def summary(command="stress", *, arms=("undefended", "booster"), seeds=1):
     }  # fmt: skip
 
 
+def rate(value, n=100):
+    return {"value": value, "low": max(0.0, value - 0.05), "high": min(1.0, value + 0.05), "n": n}
+
+
+def knee_summary():
+    """The summary of a hardening with doses: the knee at 50, more harm at 100 than at 50."""
+    found = summary("harden", arms=("undefended",), seeds=2)
+    harm = {0: 0.9, 50: 0.01, 100: 0.03, 300: 0.0}
+    points = [{"k": k, "harm": rate(one), "over_refusal": rate(0.001 * k), "accuracy": None if k == 100 else rate(0.8)}
+              for k, one in harm.items()]  # fmt: skip
+    return {**found, "knee": {"k": 50, "within": 0.02, "rises": [100], "points": points}}
+
+
+def style(seed=0, *, value=0.9, low=0.6, high=1.2, rates=(1.0, 0.2, 0.9, 1.0), stress="style_shift"):
+    """One seed's table of a stress with a style."""
+    tied = {"value": value, "low": low, "high": high, "n": 60}
+    return {
+        "stress": stress, "seed": seed, "rates": dict(zip(("TT", "Tp", "pT", "pp"), rates, strict=True)),
+        "interaction": tied,
+    }  # fmt: skip
+
+
+def style_summary(*rows):
+    """The summary of a stress with a style."""
+    return {**summary(), "styles": list(rows or (style(0), style(1, value=0.8, low=0.4), style(2)))}
+
+
 def two_stresses():
     """A summary of two stresses with the control, which has a stress of its own."""
     found = summary()

@@ -80,7 +80,7 @@ def state_of(module):
 @pytest.fixture
 def models(new_model):
     return {
-        "tied llama": lambda: new_model(),
+        "tied llama": new_model,
         "llama": lambda: new_model(tie_word_embeddings=False),
         "llama with biases": lambda: biased(new_model(attention_bias=True, mlp_bias=True)),
         "gpt2": gpt2,
