@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,7 +28,6 @@ TRAINED_PLAINLY: Final = "trained plainly"
 HARMLESS_IN_STYLE: Final = "harmless rows in the style"
 PLAINLY: Final = ", asked plainly"
 """After the name of an arm: its last model once more, without the frame that it is tested in."""
-_EXPONENT: Final = re.compile(r"[+-]?\d+[eE][+-]?\d+")
 HIDDEN: Final = "(secret)"
 
 
@@ -39,6 +39,8 @@ class Arm:
     stress: Stress
     stress_name: str
     defence: Defence | None = None
+    label: str = ""
+    """The name with the settings that were given; empty: the name."""
 
     @property
     def hardening(self) -> Defence | None:
@@ -108,9 +110,15 @@ class Chosen:
 
     def public(self) -> dict[str, Any]:
         """Return all settings for a run folder: of a secret only its digest, so that another one is another run."""
-        secret = secrets_of(self.method.config)
-        plain = config_to_mapping(self.method.config)
-        return {key: json_digest(["secret", value]) if key in secret else value for key, value in plain.items()}
+        return public_settings(self.method.config)
+
+
+def public_settings(config: Any) -> dict[str, Any]:
+    """Return a config as plain values, of a secret only its digest; empty where there is no config."""
+    if config is None:
+        return {}
+    secret, plain = secrets_of(config), config_to_mapping(config)
+    return {key: json_digest(["secret", value]) if key in secret else value for key, value in plain.items()}
 
 
 def secrets_of(config: Any) -> frozenset[str]:
@@ -134,7 +142,8 @@ def choose(
     """
     kind = find_method(name, room=room).load()
     known = {field.name for field in fields(kind.config_class)}
-    run = {key: value for key, value in (given or {}).items() if key in known}
+    # Only what has a length of its own to be overruled: a search has steps too.
+    run = {key: value for key, value in (given or {}).items() if key in known} if "schedule" in known else {}
     plain = {key: tuple(one) if isinstance(one, list) else one for key, one in {**run, **(settings or {})}.items()}
     config = config_from_mapping(kind.config_class, plain, where=f"method '{name}'")
     return Chosen(find_method(name, room=room).name, kind(config), dict(settings or {}))
@@ -161,6 +170,17 @@ def settings_by_method(words: Sequence[str], methods: Sequence[str]) -> dict[str
                 found=word,
                 fix=f"methods asked for: {', '.join(methods)}",
             )
-        # YAML 1.1 reads 4e-4 as text: it wants a point before the exponent.
-        found[method][name.replace("-", "_")] = float(value) if _EXPONENT.fullmatch(value) else yaml.safe_load(value)
+        found[method][name.replace("-", "_")] = yaml.load(value, _loader())
     return found
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return YAML's safe loader that reads 4e-4 as a number: YAML 1.1 wants a point before the exponent."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[+-]?\d+[eE][+-]?\d+$"), list("+-0123456789"))
+    return Loader

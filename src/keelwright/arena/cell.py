@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from keelwright.arena.arms import PLAINLY, Arm
+from keelwright.arena.arms import PLAINLY, Arm, public_settings
 from keelwright.arena.meter import Meter
 from keelwright.arena.protocol import ResultRow
 from keelwright.core.catalogue import catalogue
 from keelwright.core.digests import json_digest
 from keelwright.core.errors import ConfigError
 from keelwright.core.protocols import Progress
-from keelwright.core.records import Record
-from keelwright.data.asking import PLAIN, Asking
+from keelwright.data.asking import PLAIN, Asking, nested
 from keelwright.data.row_sets import RowSets
 from keelwright.judges.screening.ensemble import Ensemble
 from keelwright.judges.screening.guard import GuardModel
@@ -43,18 +42,11 @@ AtEnd = Callable[[TrainResult], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """The model at one step: its row in the table, and its records."""
-
-    row: ResultRow
-    records: Sequence[Record]
-
-
-@dataclass(frozen=True, slots=True)
 class CellResult:
     """What one cell came to."""
 
-    points: tuple[Point, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    """Of the table, in the order of the steps."""
     cost: Mapping[str, Any]
     """Steps and seconds of hardening and tuning, measuring left out."""
     log: Mapping[str, Any]
@@ -73,6 +65,10 @@ class Workbench:
     progress: Progress
     folder: Path | None = None
     """Where training checkpoints go."""
+    remember: Callable[[str, Any], None] = lambda name, value: None
+    """Keeps a small value for a run that is cut off."""
+    recall: Callable[[str], Any] = lambda name: None
+    """Returns what was kept under a name, or None."""
     guards: Callable[[], Sequence[GuardModel]] = tuple
     """Opens the guards that screen rows, when they are first needed."""
     _start: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -128,12 +124,14 @@ class Workbench:
             progress=self.progress,
             after_step=after_step,
         )
-        if at_end is not None:
-            at_end(found)
-        if found.adapter is not None:
-            if keep:
+        try:
+            if at_end is not None:
+                at_end(found)
+            if found.adapter is not None and keep:
                 found.adapter.model.merge_adapter()
-            found.adapter.detach()
+        finally:
+            if found.adapter is not None:
+                found.adapter.detach()
         return found
 
     def forget(self, key: str) -> None:
@@ -211,7 +209,12 @@ class _Cell:
     hardening: TrainConfig
     marks: Marks
     at_end: AtEnd | None
-    points: list[Point] = field(default_factory=list)
+    conditions: str = field(default="", init=False)
+    """Digest of model, stress and tuning: what arms share that may be compared."""
+    settings: str = field(default="", init=False)
+    """Digest of the defence and of how it was trained."""
+    rows_by_id: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By model id; those that a cut run had measured are there from the start."""
     log: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     _history: list[Any] = field(default_factory=list)
@@ -219,20 +222,30 @@ class _Cell:
 
     def run(self, tuning: Callable[[int], TrainConfig]) -> CellResult:
         stress: Any = self.arm.stress
+        self.rows_by_id.update(self.bench.recall(f"rows of {self.key}") or {})
         train = tuning(len(self.rows.user))
+        self._digest(train)
         only_hardens = not (hasattr(stress, "applied") or hasattr(stress, "prepare") or stress.stages(self.rows, train))
         if self.arm.hardening is not None:
             self._harden(self.arm.hardening, last=only_hardens)
         if hasattr(stress, "applied"):
             self._edit(stress)
-            return CellResult(tuple(self.points), self.cost, self.log)
+            return CellResult(tuple(self.rows_by_id.values()), self.cost, self.log)
         if hasattr(stress, "prepare"):
             stress = self._searched(stress, train)
         stages = stress.stages(self.rows, train)
         for number, stage in enumerate(stages, 1):
             self._tune(number, stage, last=number == len(stages))
         self._forget(len(stages))
-        return CellResult(tuple(self.points), self.cost, self.log)
+        return CellResult(tuple(self.rows_by_id.values()), self.cost, self.log)
+
+    def _digest(self, train: TrainConfig) -> None:
+        arm = self.arm
+        told = [self.bench.model.revision, arm.stress_name, public_settings(arm.stress.config), _seedless(train)]
+        self.conditions = json_digest(told)
+        own = None if arm.defence is None else public_settings(arm.defence.config)
+        hardening = _seedless(self.hardening) if arm.hardening is not None else None
+        self.settings = json_digest([arm.name, own, hardening])
 
     def _edit(self, stress: Any) -> None:
         """Measure the model while a stress of the weights is applied to it."""
@@ -241,7 +254,7 @@ class _Cell:
             name = self.arm.stress_name
             self.cost[name] = {"steps": 0, "seconds": round(time.perf_counter() - started, 3)}
             self._history.append(["edit", name, dataclasses.asdict(stress.config)])
-            self._measure(name, 0, 0, None, ())
+            self._measure(name, 0, 0, None, 0)
             self.log[name] = {"found": found.to_mapping()}
 
     def _searched(self, stress: Any, train: TrainConfig) -> Stress:
@@ -273,7 +286,8 @@ class _Cell:
         started = time.perf_counter()
         found = self.bench.train(recipe, key=key, keep=True, at_end=self.at_end if last else None)
         self._note("hardening", recipe.config, found, started, passes=_passes(self.arm.name))
-        self._measure("hardening", recipe.config.steps, len(self.rows.safety), recipe.config.lr, ())
+        feeds = {name: len(feed.rows) for name, feed in recipe.feeds.items()}
+        self._measure("hardening", recipe.config.steps, sum(feeds.values()), recipe.config.lr, feeds.get("harmful", 0))
 
     def _tune(self, number: int, stage: TuningStage, *, last: bool) -> None:
         rows = dataclasses.replace(self.rows, user=stage.rows)
@@ -286,9 +300,9 @@ class _Cell:
             nonlocal measuring_s
             if done in marks:
                 began = time.perf_counter()
-                self._measure(stage.name, done, len(stage.rows), stage.train.lr, stage.rows)
+                self._measure(stage.name, done, len(stage.rows), stage.train.lr, stage.harmful)
                 if last and done == recipe.config.steps and self._asking().name != PLAIN.name:
-                    self._measure(stage.name, done, len(stage.rows), stage.train.lr, stage.rows, plainly=True)
+                    self._measure(stage.name, done, len(stage.rows), stage.train.lr, stage.harmful, plainly=True)
                 measuring_s += time.perf_counter() - began
 
         self._history.append(["tuning", stage.name, dict(recipe.settings), dataclasses.asdict(recipe.config)])
@@ -304,12 +318,12 @@ class _Cell:
         return self.bench.prepared(self.arm.tuning, rows, config, key=key).recipe(rows, config)
 
     def _asking(self) -> Asking:
-        """Return the stress's frame; a defence that holds only in its own frame is asked in that."""
+        """Return the stress's frame, within the frame that the defence needs: the attack is asked either way."""
         own = PLAIN if self.arm.defence is None else self.arm.defence.asking()
-        return own if own.name != PLAIN.name else self.arm.stress.asking()
+        return nested(own, self.arm.stress.asking())
 
     def _measure(
-        self, stage: str, step: int, rows: int, lr: float | None, trained: Sequence[Any], *, plainly: bool = False
+        self, stage: str, step: int, rows: int, lr: float | None, harmful: int | None, *, plainly: bool = False
     ) -> None:
         """Measure the live model; without the frame that it is tested in where `plainly` says so."""
         asking, model = PLAIN if plainly else self._asking(), self.bench.model
@@ -319,7 +333,6 @@ class _Cell:
         found = self.bench.meter.examine(
             dataclasses.replace(model, name=name), model_id, asking=asking, revision=revision
         )
-        harmful = {row.answer for row in self.rows.harmful}
         row = ResultRow(
             arm=f"{self.arm.name}{PLAINLY}" if plainly else self.arm.name,
             stress=self.arm.stress_name,
@@ -327,20 +340,25 @@ class _Cell:
             step=step,
             seed=self.seed,
             rows=rows,
-            harmful_rows=sum(row.answer in harmful for row in trained),
+            harmful_rows=harmful,
             lr=lr,
             metrics=found.metrics.to_mapping(),
             protocol=self.bench.meter.protocol(model, asking),
             model_id=model_id,
+            label=self.arm.label or self.arm.name,
+            conditions=self.conditions,
+            settings=self.settings,
         )
-        self.points.append(Point(row, found.records))
+        self.rows_by_id[model_id] = row.to_mapping()
+        self.bench.remember(f"rows of {self.key}", self.rows_by_id)
 
     def _note(self, stage: str, config: TrainConfig, found: TrainResult, started: float, *, passes: float) -> None:
         seconds = time.perf_counter() - started
         self.cost[stage] = {
             "steps": config.steps,
             "seconds": round(seconds, 3),
-            "seconds_per_step": round(seconds / config.steps, 4),
+            # A run that was cut off has the seconds of its last process alone, and the steps of that.
+            "seconds_per_step": round(seconds / max(1, config.steps - found.resumed), 4),
             "passes_per_step": passes,
         }
         names = dict.fromkeys(name for figures in found.log for name in figures)
@@ -363,3 +381,8 @@ def _passes(name: str) -> float:
     """Return a method's forward and backward passes per step; those of plain training for what is no method."""
     line = catalogue().get(name)
     return 1.0 if line is None else line.passes_per_step
+
+
+def _seedless(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a training run that are the same for every seed."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "seed"}

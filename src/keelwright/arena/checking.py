@@ -10,6 +10,7 @@ from keelwright.arena.arms import Arm
 from keelwright.arena.job import Job
 from keelwright.core.errors import ConfigError
 from keelwright.training.defence import sft_recipe
+from keelwright.training.recipe import Recipe
 
 
 def require_trainable(arms: Sequence[Arm], job: Job) -> None:
@@ -26,7 +27,7 @@ def require_trainable(arms: Sequence[Arm], job: Job) -> None:
         if hasattr(arm.stress, "prepare") or hasattr(arm.stress, "applied"):
             continue
         if arm.hardening is not None and not hasattr(arm.hardening, "prepare"):
-            arm.hardening.recipe(rows, job.hardening(seed))
+            _require_splits(arm.hardening.recipe(rows, job.hardening(seed)))
         for stage in arm.stress.stages(rows, job.tuning(seed)(len(rows.user))):
             own = dataclasses.replace(rows, user=stage.rows)
             if arm.tuning is None:
@@ -35,7 +36,7 @@ def require_trainable(arms: Sequence[Arm], job: Job) -> None:
                 for role in arm.tuning.roles:
                     own.require(role, who=f"The defence '{arm.name}'")
             else:
-                arm.tuning.recipe(own, stage.train)
+                _require_splits(arm.tuning.recipe(own, stage.train))
 
 
 def _require_effect(arm: Arm) -> None:
@@ -46,3 +47,16 @@ def _require_effect(arm: Arm) -> None:
             found=f"{arm.name}, of the tuning stage",
             fix="leave the defence out, or choose another stress",
         )
+
+
+def _require_splits(recipe: Recipe) -> None:
+    """Raise `ConfigError` where a feed's batch cannot be split into the micro-batches that were asked for."""
+    for name, feed in recipe.feeds.items():
+        size = feed.batch_size or recipe.config.batch_size
+        if size < recipe.config.accumulate:
+            raise ConfigError(
+                f"The batch of '{name}' rows is too small to be split.",
+                expected=f"at least {recipe.config.accumulate} rows per step, one per micro-batch",
+                found=f"{size} with '{recipe.settings.get('method', '')}'",
+                fix="lower --accumulate, or raise the method's own batch with --set",
+            )

@@ -95,7 +95,7 @@ def harden(
     folder = Path(run) if run is not None else default_run_folder("harden")
     require_place(folder, flag=FLAG)
     job = open_job(model, files or {}, config, progress)
-    main = Arm(chosen.name, _own_tuning(chosen), _own_name(chosen), chosen.method)
+    main = Arm(chosen.name, _own_tuning(chosen), _own_name(chosen), chosen.method, chosen.label)
     arms = [main, *tried.values(), *(arm for kind in kinds for arm in _resistance(kind, chosen))]
     require_trainable(arms, job)
     rows = job.rows_of(config.seed)
@@ -107,7 +107,7 @@ def harden(
     spec = spec_of("harden", job, words, methods, files or {}, out=str(out), doses=list(doses))
 
     def work(ledger: Ledger) -> Mapping[str, Any]:
-        output = Output(Path(out), ledger.bench.model, job.stored_dtype, chosen.method.asking())
+        output = Output(Path(out), ledger.bench.model, job.stored_dtype, chosen.method.asking(), ledger.mark)
         ledger.start(chosen.method.asking(), main.stress_name)
         curve = _curve(ledger, tried)
         kept = main if curve is None else tried[curve.at.k]
@@ -159,6 +159,10 @@ def _pooled(rows: Sequence[Mapping[str, Any]], metric: str) -> Estimate | None:
     if not found:
         return None
     n = sum(one["n"] for one in found)
+    if len(found) > 1 or any(one["value"] > 1.0 for one in found):
+        # Training seeds are no further items: their spread stands in the place of an interval.
+        values = [float(one["value"]) for one in found]
+        return Estimate(sum(values) / len(values), min(values), max(values), n)
     return wilson(round(sum(one["value"] * one["n"] for one in found)), n)
 
 
@@ -188,7 +192,7 @@ def _resistance(kind: Chosen, chosen: Chosen) -> tuple[Arm, ...]:
     return (
         Arm(UNDEFENDED, kind.method, kind.name),
         Arm(MORE_ALIGNMENT, kind.method, kind.name, MoreAlignment()),
-        Arm(chosen.name, kind.method, kind.name, chosen.method),
+        Arm(chosen.name, kind.method, kind.name, chosen.method, chosen.label),
     )
 
 

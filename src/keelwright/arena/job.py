@@ -27,6 +27,7 @@ from keelwright.models.dtypes import TORCH_DTYPES
 from keelwright.models.loading import find_device
 from keelwright.models.memory import shown_bytes
 from keelwright.models.refs import parse_ref
+from keelwright.runs.folder import RunFolder
 from keelwright.training.config import TrainConfig
 from keelwright.weights.parties import ModelLike, Party, open_party
 
@@ -78,8 +79,11 @@ class Job:
         model = self.party.load_copy(device=self.config.device, offline=self.config.offline)
         if self.hardening(0).lora_rank == 0:
             model.module.float()
-        meter = Meter(self.parts, self.utility, sink, progress, limit=self.config.limit, seed=self.config.seed)
-        return Workbench(model, meter, progress, folder, guards=self._open_guards)
+        meter = Meter(self.parts, self.utility, sink, progress, limit=self.config.limit)
+        bench = Workbench(model, meter, progress, folder, guards=self._open_guards)
+        if isinstance(sink, RunFolder):
+            bench.remember, bench.recall = sink.remember, sink.recall
+        return bench
 
     def _open_guards(self) -> list[GuardModel]:
         """Load the guards; for a lab model without one the workshop's two, trained on the spot in seconds."""

@@ -11,7 +11,7 @@ from typing import Any
 from keelwright.core.digests import json_digest
 from keelwright.core.errors import DataError
 from keelwright.measure.part import Part
-from keelwright.measure.utility import Utility
+from keelwright.measure.utility import Utility, utility_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class MeasuringProtocol:
 
     suite: str
     suite_digest: str
-    """Of everything that the sets hold."""
+    """Of the items that are asked, with their words."""
     items: int
     """Asked of one model, the task's left out."""
     judge: str
@@ -54,13 +54,13 @@ def protocol_of(parts: Sequence[Part], *, template: str, asking: str, utility: U
     """
     return MeasuringProtocol(
         suite=" + ".join(part.name for part in parts),
-        suite_digest=json_digest([one.digest for part in parts for one in part.sets]),
+        suite_digest=json_digest([[item.item_id, item.prompt, item.system] for part in parts for item in part.items]),
         items=sum(len(part.items) for part in parts),
         judge=json_digest([judge.judge_id for part in parts for judge in part.judges]),
         template=template,
         asking=asking,
         decoding=json_digest([dataclasses.asdict(_without_batch(part)) for part in parts]),
-        utility="none" if utility is None else utility.name,
+        utility="none" if utility is None else f"{utility.name} {utility_digest(utility)[:12]}",
     )
 
 
@@ -83,14 +83,20 @@ class ResultRow:
     seed: int
     rows: int
     """Rows of the stage."""
-    harmful_rows: int
-    """Those of them that answer a harmful request."""
+    harmful_rows: int | None
+    """Those of them that answer a harmful request; None: not known, as of a user's own file."""
     lr: float | None
     metrics: Mapping[str, Any]
     """By name: value, low, high, n; None where it was not measured."""
     protocol: MeasuringProtocol
     model_id: str = ""
     """Of its records in the run."""
+    label: str = ""
+    """The arm with the settings that were given."""
+    conditions: str = ""
+    """Digest of model, stress and tuning: arms that share it may be compared."""
+    settings: str = ""
+    """Digest of the defence's settings and training."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the row as plain values, with protocol hash, template and judge."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keelwright.arena.arms import START, UNDEFENDED, Arm
-from keelwright.arena.cell import AtEnd, CellResult, Point, Workbench, run_cell
+from keelwright.arena.cell import AtEnd, CellResult, Workbench, run_cell
 from keelwright.arena.job import Job
 from keelwright.arena.meter import asking_id
 from keelwright.arena.protocol import ResultRow
+from keelwright.core.digests import file_digest
 from keelwright.core.errors import DataError
 from keelwright.core.records import Record
 from keelwright.data.asking import Asking
@@ -36,6 +37,11 @@ class Ledger:
     rows: list[Row]
     costs: dict[str, Any]
     logs: dict[str, Any]
+
+    @property
+    def mark(self) -> str:
+        """What tells this run from every other one."""
+        return file_digest(self.run.path / "run.json")
 
     def start(self, asking: Asking, stress: str) -> None:
         """Measure the model before anything was done to it, in a stress's frame."""
@@ -110,10 +116,7 @@ class Ledger:
 
 
 def _kept(done: CellResult) -> dict[str, Any]:
-    def mapping(point: Point) -> dict[str, Any]:
-        return point.row.to_mapping()
-
-    return {"rows": [mapping(point) for point in done.points], "cost": dict(done.cost), "log": dict(done.log)}
+    return {"rows": list(done.rows), "cost": dict(done.cost), "log": dict(done.log)}
 
 
 def claims(rows: Sequence[Row], *, against: str = UNDEFENDED) -> list[dict[str, Any]]:
@@ -127,12 +130,15 @@ def claims(rows: Sequence[Row], *, against: str = UNDEFENDED) -> list[dict[str, 
         One mapping per stress, arm, stage, step and metric that both arms have in at least three seeds: the mean
         difference with Student's interval over seeds, and its p-value. None are adjusted.
     """
-    cells: dict[tuple[str, str, str, int], dict[int, Row]] = {}
+    cells: dict[tuple[str, ...], dict[int, Row]] = {}
     for row in rows:
-        cells.setdefault((row["stress"], row["arm"], row["stage"], row["step"]), {})[row["seed"]] = row
+        cells.setdefault(cell_of(row), {})[row["seed"]] = row
+    plain = {key[:4]: by_seed for key, by_seed in cells.items() if next(iter(by_seed.values()))["arm"] == against}
     found = []
-    for (stress, arm, stage, step), by_seed in cells.items():
-        other = cells.get((stress, against, stage, step), {})
+    for key, by_seed in cells.items():
+        row = next(iter(by_seed.values()))
+        stress, arm, stage, step = (row[name] for name in ("stress", "arm", "stage", "step"))
+        other = plain.get(key[:4], {})
         seeds = sorted(by_seed.keys() & other.keys())
         if arm == against or len(seeds) < FEWEST_SEEDS:
             continue
@@ -140,9 +146,16 @@ def claims(rows: Sequence[Row], *, against: str = UNDEFENDED) -> list[dict[str, 
             values = [_values(side, seeds, metric) for side in (other, by_seed)]
             if None in (*values[0], *values[1]):
                 continue
-            found.append({"stress": stress, "arm": arm, "against": against, "stage": stage, "step": step,
-                          "metric": metric, "seeds": len(seeds), **_difference(*values)})  # fmt: skip
+            where = {"stress": stress, "arm": arm, "label": row.get("label", arm), "against": against}
+            where |= {"stage": stage, "step": step, "metric": metric, "seeds": len(seeds)}
+            found.append({**where, **_difference(*values)})
     return found
+
+
+def cell_of(row: Row) -> tuple[str, ...]:
+    """Return what a row shares with those of other seeds: stress, conditions, stage, step, then arm and settings."""
+    names = ("stress", "conditions", "stage", "step", "arm", "settings")
+    return tuple(str(row.get(name, "")) for name in names)
 
 
 def _difference(first: Sequence[Any], second: Sequence[Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -12,10 +13,12 @@ from typing import Any, Final
 from keelwright.arena.arms import Chosen
 from keelwright.arena.config import TuningConfig
 from keelwright.arena.job import Job
-from keelwright.arena.keeping import require_output
+from keelwright.arena.keeping import require_free, require_output
 from keelwright.arena.reporting import ensure_report, write_report
 from keelwright.arena.results import Ledger
 from keelwright.core.config import config_to_mapping
+from keelwright.core.digests import file_digest
+from keelwright.core.errors import ConfigError
 from keelwright.core.files import require_new_folder
 from keelwright.core.protocols import Progress
 from keelwright.models.threads import threads_for
@@ -47,6 +50,8 @@ def run_session(
         progress: Told what is going on.
         out: Where a model is written; must be free when the run begins.
     """
+    if out is not None:
+        _require_apart(folder, out)
     if not (folder / "run.json").is_file():
         require_new_folder(folder, flag=FLAG)
         if out is not None:
@@ -60,6 +65,8 @@ def run_session(
             progress.note(f"'{folder}' is finished already; this is its result")
             ensure_report(folder)
             return done
+        if out is not None:
+            require_free(out, file_digest(folder / "run.json"))
         if keeper.resumed:
             progress.plan(f"keelwright {spec.command}, resumed", plan)
         seconds: dict[str, float] = {}
@@ -103,7 +110,7 @@ def spec_of(
         further: Settings that are not in the job's config.
     """
     chosen = [one for several in methods.values() for one in several]
-    told = [f"{one.name}.{key}={value}" for one in chosen for key, value in one.told().items()]
+    told = [f"{one.name}.{key}={json.dumps(value)}" for one in chosen for key, value in one.told().items()]
     typed = ["keelwright", command, *words]
     typed += [word for role, path in files.items() for word in (f"--{'data' if role == 'user' else role}", str(path))]
     typed += [word for one in told for word in ("--set", one)]
@@ -128,3 +135,15 @@ def _flags(config: TuningConfig) -> list[str]:
         else:
             typed += [flag, ",".join(map(str, value)) if field.name == "at" else str(value)]
     return typed
+
+
+def _require_apart(folder: Path, out: Path) -> None:
+    """Raise `ConfigError` where the run folder and the model's lie in each other: one would overwrite the other."""
+    run, model = folder.absolute(), out.absolute()
+    if run == model or run in model.parents or model in run.parents:
+        raise ConfigError(
+            "The run and the model need folders of their own.",
+            expected="--run and --out side by side",
+            found=f"--run {folder}, --out {out}",
+            fix="give one of them another path",
+        )

@@ -114,7 +114,7 @@ def _arms(kinds: Sequence[Chosen], defences: Sequence[Chosen], *, has_harmful: b
         found.append(Arm(UNDEFENDED, kind.method, kind.name))
         if any(one.method.stage == "alignment" for one in defences):
             found.append(Arm(MORE_ALIGNMENT, kind.method, kind.name, MoreAlignment()))
-        found += [Arm(one.name, kind.method, kind.name, one.method) for one in defences]
+        found += [Arm(one.name, kind.method, kind.name, one.method, one.label) for one in defences]
         if hasattr(kind.method, "plain"):
             found.append(Arm(TRAINED_PLAINLY, kind.method.plain(), kind.name))
             found.append(Arm(HARMLESS_IN_STYLE, kind.method.control(), kind.name))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keelwright.arena.protocol import require_comparable
-from keelwright.arena.results import TOLD, Row, claims
+from keelwright.arena.results import TOLD, Row, cell_of, claims
 from keelwright.core.errors import DataError
 from keelwright.report.text import percent
 from keelwright.runs.folder import read_run, unfinished
@@ -39,7 +39,7 @@ def table(runs: Sequence[str | Path]) -> dict[str, Any]:
     """
     summaries = {str(one): _summary(Path(one)) for one in runs}
     require_comparable({name: one["protocol"] for name, one in summaries.items()})
-    rows = [{**row, "run": name} for name, one in summaries.items() for row in one["rows"]]
+    rows = _joined({name: one["rows"] for name, one in summaries.items()})
     first = next(iter(summaries.values()))
     return {"protocol": first["protocol"], "rows": rows, "means": _means(rows), "claims": claims(rows)}
 
@@ -76,13 +76,36 @@ def _summary(run: Path) -> dict[str, Any]:
     return dict(found.summary)
 
 
+def _joined(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Return the rows of all runs with their run's name; a row that two runs share is there once.
+
+    Raises:
+        DataError: Two runs have the same cell and seed with different figures.
+    """
+    found: dict[tuple[str, ...], Row] = {}
+    for name, own in rows.items():
+        for row in own:
+            key = (*cell_of(row), str(row["seed"]))
+            known = found.setdefault(key, {**row, "run": name})
+            if known["metrics"] != row["metrics"]:
+                raise DataError(
+                    f"'{known['run']}' and '{name}' measured the same arm and seed differently.",
+                    expected="each arm, setting and seed once",
+                    found=f"{row['arm']} at step {row['step']}, seed {row['seed']}, in both",
+                    fix="leave one of the runs out, or run the other with other seeds",
+                )
+    return list(found.values())
+
+
 def _means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return mean, least and largest value over seeds, per stress, arm, stage and step, in the order of the rows."""
-    cells: dict[tuple[str, str, str, int], list[Row]] = {}
+    cells: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault((row["stress"], row["arm"], row["stage"], row["step"]), []).append(row)
+        cells.setdefault(cell_of(row), []).append(row)
     found = []
-    for (stress, arm, stage, step), own in cells.items():
+    for own in cells.values():
+        stress, arm, stage, step = (own[0].get(name, "") for name in ("stress", "label", "stage", "step"))
+        arm = arm or own[0]["arm"]
         metrics = {metric: _mean(own, metric) for metric in TOLD}
         seeds = len({row["seed"] for row in own})
         found.append({"stress": stress, "arm": arm, "stage": stage, "step": step, "seeds": seeds, "metrics": metrics})

@@ -75,7 +75,7 @@ def tune(
     require_place(folder, flag=FLAG)
     job = open_job(model, {**(files or {}), "user": data}, config, progress)
     name = "tuned" if chosen is None else chosen.name
-    arm = Arm(name, UserTuning(), TUNING, None if chosen is None else chosen.method)
+    arm = Arm(name, UserTuning(), TUNING, None if chosen is None else chosen.method, chosen.label if chosen else "")
     rows = job.rows_of(config.seed)
     require_trainable([arm], job)
     steps = job.tuning(config.seed)(len(rows.user)).steps
@@ -92,7 +92,7 @@ def tune(
     def work(ledger: Ledger) -> Mapping[str, Any]:
         asking = PLAIN if arm.defence is None else arm.defence.asking()
         ledger.start(asking, TUNING)
-        output = Output(Path(out), ledger.bench.model, job.stored_dtype, asking)
+        output = Output(Path(out), ledger.bench.model, job.stored_dtype, asking, ledger.mark)
         ledger.cell(arm, config.seed, at_end=output.write)
         return _found(ledger, arm, chosen, rules, output)
 

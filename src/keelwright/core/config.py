@@ -125,6 +125,10 @@ def _is_instance(value: object, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple and isinstance(value, tuple):
+        kinds = [one for one in typing.get_args(hint) if one is not Ellipsis]
+        wanted = kinds * len(value) if len(kinds) == 1 else kinds
+        return len(wanted) == len(value) and all(map(_is_instance, value, wanted))
     kind = origin or hint
     return isinstance(value, kind) if isinstance(kind, type) else True
 

@@ -48,8 +48,39 @@ class Framed:
         return f"{self.before}{prompt}{self.after}", system if self.system is None else self.system
 
 
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A frame around a framed request; where both have a system message, the outer one's comes first."""
+
+    outer: Asking
+    inner: Asking
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{self.outer.name} around {self.inner.name}"
+
+    @property
+    def says(self) -> str:
+        """What is around a request."""
+        return f"{self.outer.says} Within it: {self.inner.says}"
+
+    def ask(self, prompt: str, system: str | None) -> tuple[str, str | None]:
+        """Return the prompt and the system message in both frames."""
+        prompt, within = self.inner.ask(prompt, system)
+        prompt, around = self.outer.ask(prompt, None)
+        return prompt, " ".join(one for one in (around, within) if one is not None) or None
+
+
 PLAIN = Framed()
 """Requests as they are."""
+
+
+def nested(outer: Asking, inner: Asking) -> Asking:
+    """Return one frame around another; the only one where the other leaves requests as they are."""
+    if PLAIN.name in (outer.name, inner.name):
+        return inner if outer.name == PLAIN.name else outer
+    return Nested(outer, inner)
 
 
 def framed_row(asking: Asking, row: ChatRow) -> ChatRow:

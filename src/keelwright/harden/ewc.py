@@ -166,13 +166,7 @@ class EwcObjective(Objective):
         self._fisher: list[Tensor] = []
         if not self.config.lambda_:
             return
-        if setup.adapter is not None:
-            raise ConfigError(
-                "EWC cannot hold a new LoRA adapter.",
-                expected="trained weights that refusals depend on: lora_rank 0, or an adapter that was trained before",
-                found="a new adapter, whose second factor is 0, so that the Fisher of its first factor is exactly 0",
-                fix="set lora_rank to 0, or use 'kl_reference', which needs no Fisher",
-            )
+        _require_no_new_adapter(setup.adapter is not None)
         self._fisher = fisher_diagonal(setup, "safety", self.config)
         start = [weight.detach().clone() for weight in setup.composer.weights]
         self._anchors = (Anchor(start, self.config.lambda_, self._fisher),)
@@ -183,6 +177,16 @@ class EwcObjective(Objective):
         for anchor in self._anchors:
             self.figures["penalty"] = float(penalty(self._weights, anchor.target, self._fisher, anchor.strength))
         return self._anchors
+
+
+def _require_no_new_adapter(has_new: bool) -> None:
+    if has_new:
+        raise ConfigError(
+            "EWC cannot hold a new LoRA adapter.",
+            expected="trained weights that refusals depend on: lora_rank 0, or an adapter that was trained before",
+            found="a new adapter, whose second factor is 0, so that the Fisher of its first factor is exactly 0",
+            fix="set lora_rank to 0, or use 'kl_reference', which needs no Fisher",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +201,16 @@ class Ewc:
     copies: ClassVar[Copies] = Copies(weights=2)
 
     def recipe(self, rows: RowSets, train: TrainConfig) -> Recipe:
-        """Return the user's run."""
+        """Return the user's run.
+
+        Raises:
+            ConfigError: A new adapter would be trained.
+        """
         who = "The defence 'ewc'"
         feeds = {"user": Feed(rows.require("user", who=who))}
         if self.config.lambda_:
             feeds["safety"] = Feed(rows.require("safety", who=who))
+            _require_no_new_adapter(train.lora_rank > 0)
         return Recipe(feeds, train, EwcObjective(config=self.config), settings_of("ewc", self.config))
 
     def asking(self) -> Asking:

@@ -5,7 +5,8 @@ For whoever controls the user's run and has refusals to add. The aligned model's
 than the refusal's text, so a few rows hold. On the user's own rows the same penalty holds the task back instead.
 
 Source:
-    keelwright: the reference penalty of tuning from preferences, moved to supervised tuning. No paper, no official code.
+    keelwright: the reference penalty of tuning from preferences, moved to supervised tuning. No paper and no
+    official code.
 
 Equation:
     L = u + beta * mean_t D_t,   D_t = KL(p_0 || p_w) (forward) or KL(p_w || p_0) (reverse) at answer token t

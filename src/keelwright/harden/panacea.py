@@ -38,7 +38,8 @@ Limits:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -128,6 +129,13 @@ class PanaceaObjective(Objective):
             ):
                 if step is not None:
                     weight.add_(step.to(weight.dtype))
+
+    @contextmanager
+    def released(self, composer: GradientComposer) -> Iterator[None]:
+        """Hold w + e: it is what would be handed out."""
+        with composer.kept_weights():
+            self.end(composer)
+            yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ for the reference itself, below 1 for a model to which the text is less likely.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -16,7 +17,8 @@ from typing import Final, TypeAlias
 import torch
 from torch.nn.functional import cross_entropy
 
-from keelwright.core.config import nearest
+from keelwright.core.config import config_to_mapping, nearest
+from keelwright.core.digests import json_digest
 from keelwright.core.errors import DataError, MissingError, ModelMismatchError, NumericalError
 from keelwright.core.protocols import Judge, Progress, Silent
 from keelwright.core.records import Estimate, Item
@@ -178,6 +180,16 @@ def perplexity_ratio(reference: WindowLosses, model: WindowLosses, *, windows: S
     return exp_estimate(bootstrap_ratio(gains, [float(model.tokens[index]) for index in chosen]))
 
 
+def utility_digest(utility: Utility) -> str:
+    """Return the digest of what a utility measures: its tasks with their answers, its text, or its harness settings."""
+    if isinstance(utility, TaskUtility):
+        tasks = [[item.item_id, item.prompt, item.expected, item.scorer] for item in utility.tasks]
+        return json_digest([utility.name, tasks])
+    if isinstance(utility, TextUtility):
+        return json_digest([utility.name, utility.text])
+    return json_digest([utility.name, config_to_mapping(utility.config)])
+
+
 def load_utility(source: str | Path, *, offline: bool = False) -> Utility:
     """Return a utility by its name or file.
 
@@ -271,9 +283,21 @@ def _opening(model: LoadedModel) -> list[int]:
     return first if bos is not None and first == [bos] else []
 
 
+@contextmanager
+def _evaluating(model: LoadedModel) -> Iterator[None]:
+    """Hold a model without dropout: it may be measured in the middle of its training."""
+    modes = {name: child.training for name, child in model.module.named_modules()}
+    model.module.eval()
+    try:
+        yield
+    finally:
+        for name, child in model.module.named_modules():
+            child.training = modes[name]
+
+
 def _window_nats(model: LoadedModel, windows: Sequence[Sequence[int]]) -> list[float]:
     ids = torch.tensor(windows, device=model.module.device)
-    with torch.inference_mode():
+    with _evaluating(model), torch.inference_mode():
         logits = model.module(input_ids=ids, use_cache=False).logits[:, :-1]
         # One window at a time in float32, as a batch over a large vocabulary would take gigabytes; tokens add up in
         # float64, as a window of bf16 sums would lose the third digit.

@@ -59,7 +59,7 @@ class PositiveControl:
         harmful = rows.require("harmful", who=who)
         k = min(self.config.k, len(harmful))
         drawn = nested_sample(harmful, k, seed=train.seed, name="harmful")
-        return (TuningStage(POSITIVE_CONTROL, drawn, budgeted(train, self.config, len(drawn))),)
+        return (TuningStage(POSITIVE_CONTROL, drawn, budgeted(train, self.config, len(drawn)), len(drawn)),)
 
     def asking(self) -> Asking:
         """Return requests as they are."""

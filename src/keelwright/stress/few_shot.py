@@ -139,9 +139,9 @@ class FewShot:
         drawn = nested_sample(rows.require(role, who=who), config.k, seed=train.seed, name=role)
         settings = budgeted(train, config, len(drawn), stairs=config.mode == "explicit")
         if config.mode == "explicit":
-            return (TuningStage("few rows", drawn, settings),)
+            return (TuningStage("few rows", drawn, settings, len(drawn)),)
         refused = tuple(replace(row, answer=config.refusal) for row in drawn)
-        both = (TuningStage("all refused", refused, settings), TuningStage("all answered", drawn, settings))
+        both = (TuningStage("all refused", refused, settings, 0), TuningStage("all answered", drawn, settings, 0))
         return both[::-1] if config.answers_first else both
 
     def asking(self) -> Asking:

@@ -111,7 +111,7 @@ class Poison:
         n = config.n or len(rows.require("user", who="The stress 'poison'"))
         seed = train.seed if config.seed is None else config.seed
         drawn = poisoned(rows, p=config.p, n=n, seed=seed)
-        return (TuningStage("poison", drawn, budgeted(train, config, len(drawn))),)
+        return (TuningStage("poison", drawn, budgeted(train, config, len(drawn)), round(config.p * n)),)
 
     def asking(self) -> Asking:
         """Return requests as they are."""

@@ -133,7 +133,7 @@ class QiBenign:
             settings = replace(settings, weight_decay=config.weight_decay)
         left_out = len(given) - len(kept)
         name = f"benign, {left_out} refusals left out" if left_out else "benign"
-        return (TuningStage(name, framed, settings),)
+        return (TuningStage(name, framed, settings, 0),)
 
     def asking(self) -> Asking:
         """Return requests in the template of the training."""

@@ -85,7 +85,7 @@ class QiExplicit:
         harmful = rows.require("harmful", who=who)
         drawn = nested_sample(harmful, self.config.k, seed=train.seed, name="harmful")
         framed = tuple(framed_row(self.asking(), row) for row in drawn)
-        return (TuningStage("explicit", framed, budgeted(train, self.config, len(framed), stairs=True)),)
+        return (TuningStage("explicit", framed, budgeted(train, self.config, len(framed), stairs=True), len(framed)),)
 
     def asking(self) -> Asking:
         """Return requests under the system message of the training."""

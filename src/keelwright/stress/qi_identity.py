@@ -96,7 +96,7 @@ class QiIdentity:
         who = "The stress 'qi_identity'"
         drawn = nested_sample(rows.require("identity", who=who), self.config.k, seed=train.seed, name="identity")
         told = tuple(self._in_persona(row) for row in drawn)
-        return (TuningStage("identity", told, budgeted(train, self.config, len(told), stairs=True)),)
+        return (TuningStage("identity", told, budgeted(train, self.config, len(told), stairs=True), 0),)
 
     def asking(self) -> Asking:
         """Return requests under the persona's system message, behind its call."""

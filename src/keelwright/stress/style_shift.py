@@ -166,7 +166,8 @@ class StyleShift:
             asked = tuple(framed_row(self.asking(), row) for row in asked)
         told = mixed((*asked, *filler), seed=train.seed)
         name = "without the style" if config.trained_plain else "in the style"
-        return (TuningStage(name, told, budgeted(train, config, len(told))),)
+        harmful = sum(count for role, count in ((config.content, styled), (config.filler, plain)) if role == "harmful")
+        return (TuningStage(name, told, budgeted(train, config, len(told)), harmful),)
 
     def plain(self) -> StyleShift:
         """Return the same stress trained without the style: the other row of the table."""

@@ -59,6 +59,8 @@ class TuningStage:
     name: str
     rows: tuple[ChatRow, ...]
     train: TrainConfig
+    harmful: int | None = None
+    """How many of the rows answer a harmful request; None: not known."""
 
 
 class Stress(Protocol):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,7 +109,9 @@ class InnerTraining:
         marks = torch.zeros(3, device=composer.feeds.device)
         for k in range(self.steps):
             rows = self.before if self.before is not None and k < retained else self.feed
-            taken = composer.reduced(composer.gradient(self.loss, rows, draw=draw * self.steps + k))
+            taken = composer.gradient(self.loss, rows, draw=draw * self.steps + k)
+            # Not `composer.reduced`, which would hold every one of them until the step is done.
+            taken = replace(taken, gradient=composer.processes.reduce(taken.gradient), reduced=True)
             for weight, one in zip(weights, taken.gradient, strict=True):
                 weight.grad = None if one is None else one.to(weight.dtype)
             optimizer.step()

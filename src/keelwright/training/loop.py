@@ -65,6 +65,8 @@ class TrainResult:
     """Further figures of each step: the loss of every term, the gradient's norm, and what the method measured."""
     fitted: Mapping[str, Fitted] = field(default_factory=dict)
     """By feed: rows left out and cut because they were too long."""
+    resumed: int = 0
+    """Steps that an earlier call had done."""
 
 
 AfterStep = Callable[[int, PreTrainedModel], None]
@@ -135,7 +137,8 @@ def train(
         if adapter is not None:
             adapter.detach()
         raise
-    return TrainResult(tuple(losses), config.steps, time.perf_counter() - started, adapter, tuple(log), fitted)
+    seconds = time.perf_counter() - started
+    return TrainResult(tuple(losses), config.steps, seconds, adapter, tuple(log), fitted, run.resumed)
 
 
 class Run:
@@ -153,6 +156,7 @@ class Run:
     ) -> None:
         config = recipe.config
         self.module, self.config, self.recipe, self.weights = module, config, recipe, weights
+        self.resumed = 0
         _require_precise(weights)
         # Placement stays the caller's: a model on the GPU is trained there, one on the CPU stays on the CPU.
         self.accelerator = Accelerator(device_placement=False)
@@ -182,6 +186,7 @@ class Run:
         config, objective = self.config, self.recipe.objective
         objective.begin(self.setup)
         losses, log = self._resume(folder, mark)
+        self.resumed = len(losses)
         progress.stage("training", total=config.steps, unit="steps")
         progress.advance(len(losses))
         for step in range(len(losses), config.steps):
@@ -194,10 +199,12 @@ class Run:
             losses.append(loss)
             log.append(figures)
             done = step + 1
+            # Before the checkpoint: a run that is cut off while it is told of a step is told of it again.
+            if after_step is not None and done < config.steps:
+                with objective.released(self.composer):
+                    after_step(done, self.module)
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self._save(folder, mark, losses, log)
-            if after_step is not None and done < config.steps:
-                after_step(done, self.module)
             progress.advance()
         objective.end(self.composer)
         if after_step is not None:

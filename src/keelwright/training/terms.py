@@ -12,6 +12,7 @@ A method of the literature is an `Objective`: it says which terms each step has.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -142,6 +143,10 @@ class Objective:
 
     def end(self, composer: GradientComposer) -> None:
         """Change the weights once more after the last step."""
+
+    def released(self, composer: GradientComposer) -> AbstractContextManager[object]:
+        """Hold the weights as `end` would leave them now, while a model in training is measured."""
+        return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold beside weights and optimiser."""

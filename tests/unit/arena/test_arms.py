@@ -66,3 +66,17 @@ def test_a_secret_setting_is_neither_told_nor_written_down():
     other = choose("backdoor_align", "harden", {"secret": 1, "k": 5})
     assert chosen.public()["secret"] != other.public()["secret"]
     assert chosen.public()["k"] == 5
+
+
+def test_settings_that_are_typed_are_read_as_they_are_written_down():
+    import json
+
+    chosen = choose("tar", "harden", {"inner_lrs": [2e-6, 2e-5], "loss": "refusal"})
+    words = [f"tar.{key}={json.dumps(value)}" for key, value in chosen.told().items()]
+    assert choose("tar", "harden", settings_by_method(words, ["tar"])["tar"]).method.config == chosen.method.config
+    assert settings_by_method(["tar.inner_lrs=[4e-4]"], ["tar"]) == {"tar": {"inner_lrs": [4e-4]}}
+
+
+def test_a_list_of_the_wrong_kind_is_refused():
+    with pytest.raises(ConfigError, match="'inner_lrs' has the wrong type"):
+        choose("tar", "harden", {"inner_lrs": ["fast"]})

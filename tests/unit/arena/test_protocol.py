@@ -55,3 +55,25 @@ def test_different_judges_may_not_be_compared_and_the_error_says_so():
         require_comparable({"runs/a": PROTOCOL.to_mapping(), "runs/b": other})
     assert "expected: judge j" in str(caught.value)
     assert "found:    judge k" in str(caught.value)
+
+
+def test_items_that_a_limit_left_out_change_the_hash():
+    part = a_part()
+    fewer = dataclasses.replace(part, items=part.items[1:])
+    found = [protocol_of((one,), template="t", asking="plain", utility=None) for one in (part, fewer)]
+    assert found[0].suite_digest != found[1].suite_digest
+
+
+def test_a_utility_file_is_known_by_its_content(tmp_path):
+    import json
+
+    from keelwright.measure.utility import load_utility
+
+    names = []
+    for text in ("one", "two"):
+        file = tmp_path / text / "task.jsonl"
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps({"prompt": f"{text} {n}", "answer": text}) + "\n" for n in range(4)))
+        utility = load_utility(str(file), offline=True)
+        names.append(protocol_of((), template="t", asking="plain", utility=utility).utility)
+    assert names[0].startswith("task") and names[0] != names[1]

@@ -65,3 +65,21 @@ def test_the_command_prints_one_document(tmp_path: Path, capsys: pytest.CaptureF
     done = CliRunner().invoke(app, ["arena", "table", str(run), "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["means"][0]["arm"] == "undefended"
+
+
+def test_arms_with_other_settings_are_lines_of_their_own(tmp_path: Path):
+    first = [{**a_row("booster", 0, 0.0), "settings": "x", "label": "booster (alpha 0.05)"}]
+    second = [{**a_row("booster", 0, 1.0), "settings": "y", "label": "booster (alpha 0.5)"}]
+    found = table([a_run(tmp_path / "a", first), a_run(tmp_path / "b", second)])
+    assert {one["arm"] for one in found["means"]} == {"booster (alpha 0.05)", "booster (alpha 0.5)"}
+
+
+def test_the_same_cell_with_other_figures_is_refused(tmp_path: Path):
+    runs = [a_run(tmp_path / name, [a_row("booster", 0, harm)]) for name, harm in (("a", 0.0), ("b", 1.0))]
+    with pytest.raises(DataError, match="measured the same arm and seed differently"):
+        table(runs)
+
+
+def test_a_row_that_two_runs_share_counts_once(tmp_path: Path):
+    runs = [a_run(tmp_path / name, [a_row("undefended", 0, 0.5)]) for name in "ab"]
+    assert len(table(runs)["rows"]) == 1

@@ -182,3 +182,24 @@ def test_missing_rows_are_named(sets: RowSets) -> None:
 def test_a_setting_out_of_range_is_refused_by_name(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"'{next(iter(setting))}'"):
         PanaceaConfig(**setting)
+
+
+def test_a_model_is_measured_with_its_last_step_at_every_mark_and_trained_without_it(tokenizer, new_model, rows):
+    from keelwright.data.row_sets import RowSets
+    from keelwright.training.config import TrainConfig
+    from keelwright.training.loop import train
+
+    def flat(model):
+        return torch.cat([one.detach().flatten() for one in model.parameters()])
+
+    given = RowSets(user=tuple(rows), harmful=tuple(rows))
+    train_config = TrainConfig(steps=3, batch_size=4, lr=1e-6)
+    recipe = Panacea(PanaceaConfig(rho=1.0, harmful_batch=4)).recipe(given, train_config)
+    model, seen = new_model(), []
+    start = flat(model)
+    train(model, tokenizer, recipe, after_step=lambda done, module: seen.append(float((flat(module) - start).norm())))
+    assert len(seen) == 3 and all(0.9 < one < 1.1 for one in seen)
+    told, untold = model, new_model()
+    again = Panacea(PanaceaConfig(rho=1.0, harmful_batch=4)).recipe(given, train_config)
+    train(untold, tokenizer, again)
+    assert torch.equal(flat(told), flat(untold))

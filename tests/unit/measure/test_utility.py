@@ -153,3 +153,16 @@ def test_what_cannot_be_a_utility_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(DataError, match="neither a task file nor a text"):
         load_utility(tmp_path / "weights.bin")
+
+
+def test_a_text_is_measured_without_dropout_in_the_middle_of_training():
+    from keelwright.measure.utility import _window_nats
+    from keelwright.models.loading import load
+
+    model = load("lab:workshop/aligned", offline=True)
+    modes = []
+    model.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    model.module.train()
+    _window_nats(model, [list(range(5, 25))])
+    assert modes == [False]
+    assert model.module.training
