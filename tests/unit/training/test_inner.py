@@ -165,3 +165,33 @@ def test_figures_say_how_the_adversary_fared() -> None:
     inner.gradient(composer, _term(inner))
     assert set(figures) == {"adversary loss at first", "adversary loss at last", "resistance at last"}
     assert figures["adversary loss at last"] < figures["adversary loss at first"]
+
+
+def test_the_adversarys_gradients_are_let_go_as_it_goes(tokenizer, new_model, rows, monkeypatch):
+    from keelwright.training.composer import GradientComposer
+
+    held = []
+    whole = GradientComposer.compose
+
+    def compose(self, objective, step):
+        taken = self.processes.reduce
+
+        def reduce(gradient):
+            held.append(len(self._sums or ()))
+            return taken(gradient)
+
+        monkeypatch.setattr(self.processes, "reduce", reduce, raising=False)
+        return whole(self, objective, step)
+
+    monkeypatch.setattr(GradientComposer, "compose", compose)
+    from keelwright.data.row_sets import RowSets
+    from keelwright.data.rows import ChatRow
+    from keelwright.harden.tar import Tar, TarConfig
+    from keelwright.training.config import TrainConfig
+    from keelwright.training.loop import train
+
+    refusals = tuple(ChatRow(row.prompt, "no, such a deed would harm the village.") for row in rows)
+    config = TarConfig(inner_steps=8, every=4, loss="refusal", inner_batch=2, held_out_batch=2, switch_share=0.0)
+    given = RowSets(harmful=tuple(rows), safety=refusals)
+    train(new_model(), tokenizer, Tar(config).recipe(given, TrainConfig(steps=1, batch_size=2)))
+    assert len(held) >= 8 and max(held) <= 2
