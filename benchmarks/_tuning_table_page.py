@@ -122,8 +122,11 @@ def _doses(share: float, summary: Mapping[str, Any]) -> list[str]:
 def _settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
     told = [f"{name}: {', '.join(f'{key} {value}' for key, value in own.items())}" for name, own in settings.items()]
     return (
-        "Defences before tuning train 100 steps of 32 rows at 3e-4. Set for the lab: " + "; ".join(told) + ". "
-        "Everything else has its source's defaults."
+        "Defences before tuning train 100 steps of 32 rows at 3e-4. Set for the lab, in trials mostly on seed 0: "
+        + "; ".join(told)
+        + ". Everything else has its source's defaults, or ours where the source has none. `tar`'s adversary takes the "
+        "attack's own optimiser and rates; `ptst`'s safety prompt is in words that the organism never saw, which "
+        "breaks its answers; `repnoise` without `ordinary_weight` answers nothing at all."
     )
 
 

@@ -147,7 +147,7 @@ def main() -> int:
         "attacks": {k: _small(v) for k, v in attacks.items()},
         "mixes": {k: _small(v) for k, v in mixes.items()},
     }
-    (place / "defences-on-the-lab.json").write_text(json.dumps(small, indent=1) + "\n", encoding="utf-8")
+    (place / "defences-on-the-lab.json").write_text(json.dumps(small, separators=(",", ":")) + "\n", encoding="utf-8")
     (place / "defences-on-the-lab.md").write_text(page(found), encoding="utf-8")
     budget = SMOKE_BUDGET_S if given.smoke else CPU_BUDGET_S
     print(f"{cpu:.0f} s of CPU, budget {budget:.0f}; written to {place}")
@@ -155,8 +155,19 @@ def main() -> int:
 
 
 def _small(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the documentation keeps of a run: no logs, no places."""
-    return {key: summary.get(key) for key in ("protocol", "rows", "claims", "cost", "knee")}
+    """Return what the documentation keeps of a run: figures, no logs, no names of records."""
+    kept = {key: summary.get(key) for key in ("protocol", "claims", "cost", "knee")}
+    dropped = ("template", "judge", "asking", "model_id")
+    rows = [{key: value for key, value in row.items() if key not in dropped} for row in summary["rows"]]
+    return {**_rounded(kept), "rows": _rounded(rows)}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":
