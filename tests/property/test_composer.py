@@ -85,9 +85,9 @@ def test_sam_climbs_and_its_gradient_is_that_of_the_moved_bowl(seed: int, size: 
     composer = composer_of(model)
     found = composer.take(_term(size=rho))
     slope = (model.curve @ model.x).detach()
-    torch.testing.assert_close(
-        flat(found.gradient), slope + rho * model.curve @ (slope / slope.norm()), rtol=1e-6, atol=1e-8
-    )
+    # The norm is float32: the moved place is off by 1e-7 of the step, and entries that cancel show it.
+    expected = slope + rho * model.curve @ (slope / slope.norm())
+    torch.testing.assert_close(flat(found.gradient), expected, rtol=1e-5, atol=1e-6)
     assert float(found.value) >= float(composer.take(_term()).value)
 
 
@@ -99,7 +99,8 @@ def test_a_step_beside_the_weights_does_not_know_the_scale_of_the_loss(seed: int
     many = composer.take(
         Term("h", "harmful", loss=lambda model, batch: scale * height(model, batch), at=WeightShift(-0.2, eps=0.0))
     )
-    torch.testing.assert_close(flat(many.gradient), scale * flat(one.gradient), rtol=1e-6, atol=1e-9 * scale)
+    # As above, times the scale.
+    torch.testing.assert_close(flat(many.gradient), scale * flat(one.gradient), rtol=1e-5, atol=1e-6 * scale)
 
 
 @settings(deadline=None, max_examples=30)

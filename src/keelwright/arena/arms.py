@@ -150,7 +150,7 @@ def choose(
 
 
 def settings_by_method(words: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return settings by method from `name=value` or `method.name=value`; a plain name belongs to the only method.
+    """Return settings by method from `name=value` or `method.name=value`; a plain name belongs to the one that has it.
 
     Raises:
         ConfigError: A word is no setting, names a method that is not asked for, or does not say which one it means.
@@ -162,16 +162,23 @@ def settings_by_method(words: Sequence[str], methods: Sequence[str]) -> dict[str
         key, equals, value = word.partition("=")
         method, dot, name = key.partition(".")
         if not dot:
-            method, name = (methods[0] if len(methods) == 1 else ""), key
+            name = key.replace("-", "_")
+            owners = [one for one in methods if name in _settings_of(one)] if len(methods) > 1 else list(methods)
+            method = owners[0] if len(owners) == 1 else ""
         if not equals or method not in found:
             raise ConfigError(
                 f"'{word}' is not a setting of a method that is asked for.",
-                expected="NAME=VALUE, or METHOD.NAME=VALUE where there are several methods",
+                expected="NAME=VALUE, or METHOD.NAME=VALUE where several methods have the setting",
                 found=word,
                 fix=f"methods asked for: {', '.join(methods)}",
             )
         found[method][name.replace("-", "_")] = yaml.load(value, _loader())
     return found
+
+
+def _settings_of(method: str) -> frozenset[str]:
+    """Return the names of a method's settings."""
+    return frozenset(field.name for field in fields(find_method(method).load().config_class))
 
 
 @functools.cache

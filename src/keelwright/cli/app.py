@@ -3,28 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import importlib
+import sys
+from collections.abc import Collection
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
 from keelwright import __version__
-from keelwright.cli.arena import app as arena
-from keelwright.cli.audit import audit
-from keelwright.cli.compare import compare
-from keelwright.cli.demo import demo
-from keelwright.cli.gate import gate
-from keelwright.cli.harden import harden
-from keelwright.cli.heal import heal
-from keelwright.cli.lab import app as lab
-from keelwright.cli.methods import methods
-from keelwright.cli.repair import repair
-from keelwright.cli.runs import app as runs
-from keelwright.cli.screen import print_json_error
-from keelwright.cli.stress import stress
-from keelwright.cli.tune import tune
-from keelwright.cli.weights import app as weights
 from keelwright.core.errors import ExitCode
+
+_COMMANDS: Final = ("demo", "heal", "audit", "compare", "gate", "repair", "tune", "harden", "stress", "methods")
+"""In the order of `--help`; each is a function of its name in a module of its name."""
+_GROUPS: Final = ("arena", "lab", "runs", "weights")
 
 # Some versions of typer carry their own copy of click, so the class is reached through typer.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -43,27 +35,32 @@ class _JsonGroup(TyperGroup):
         except _UsageError as error:
             if ctx.meta["keelwright.json"]:
                 problem = error.format_message()  # type: ignore[attr-defined]
+                from keelwright.cli.screen import print_json_error
+
                 print_json_error("UsageError", ExitCode.BAD_INPUT, problem, fix="see the command's --help")
             raise
 
 
-app = typer.Typer(
-    name="keelwright",
-    cls=_JsonGroup,
-    help="Keep a machine-learned model safe while it is being changed.",
-    epilog="Start with `keelwright demo`: no network, no download, about a minute.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-for command in (demo, heal, audit, compare, gate, repair, tune, harden, stress, methods):
-    app.command()(command)
-app.add_typer(arena, name="arena")
-app.add_typer(lab, name="lab")
-app.add_typer(runs, name="runs")
-app.add_typer(weights, name="weights")
+def build(names: Collection[str] = (*_COMMANDS, *_GROUPS)) -> typer.Typer:
+    """Return the command line with the commands of these names: one that is typed needs no other."""
+    built = typer.Typer(
+        name="keelwright",
+        cls=_JsonGroup,
+        help="Keep a machine-learned model safe while it is being changed.",
+        epilog="Start with `keelwright demo`: no network, no download, about a minute.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name in _COMMANDS:
+        if name in names:
+            built.command()(getattr(importlib.import_module(f"keelwright.cli.{name}"), name))
+    for name in _GROUPS:
+        if name in names:
+            built.add_typer(importlib.import_module(f"keelwright.cli.{name}").app, name=name)
+    built.callback()(_options)
+    return built
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,7 +69,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
@@ -81,6 +77,15 @@ def _options(
     pass
 
 
+def __getattr__(name: str) -> Any:
+    """Return the whole command line as `app`, built when it is first asked for."""
+    if name != "app":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    globals()["app"] = build()
+    return globals()["app"]
+
+
 def main() -> None:
     """Run the command line; the entry point of the `keelwright` script."""
-    app()
+    typed = next(iter(sys.argv[1:]), "")
+    build([typed] if typed in {*_COMMANDS, *_GROUPS} else (*_COMMANDS, *_GROUPS))()

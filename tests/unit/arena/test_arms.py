@@ -16,7 +16,12 @@ def test_settings_reach_the_method_that_they_name():
     assert settings_by_method(["p=0.02"], ["poison"]) == {"poison": {"p": 0.02}}
 
 
-@pytest.mark.parametrize("word", ["p", "lisa.rho=1", "p=0.02"])
+def test_a_plain_name_belongs_to_the_only_method_that_has_it():
+    assert settings_by_method(["p=0.02"], ["poison", "booster"]) == {"poison": {"p": 0.02}, "booster": {}}
+    assert settings_by_method(["harmful-batch=4"], ["poison", "booster"])["booster"] == {"harmful_batch": 4}
+
+
+@pytest.mark.parametrize("word", ["p", "lisa.rho=1", "none=0.02"])
 def test_a_word_that_is_no_setting_of_a_chosen_method_is_refused(word: str):
     with pytest.raises(ConfigError, match="not a setting of a method that is asked for"):
         settings_by_method([word], ["poison", "booster"])
