@@ -25,7 +25,7 @@ from keelwright.arena.job import open_job
 from keelwright.arena.memory import require_training_memory
 from keelwright.arena.results import Ledger, Row, claims
 from keelwright.arena.session import FLAG, measured, run_session, spec_of
-from keelwright.arena.words import stress_sentence
+from keelwright.arena.words import screened, stress_sentence
 from keelwright.core.config import config_from_mapping
 from keelwright.core.errors import ConfigError
 from keelwright.core.protocols import Progress, Silent
@@ -95,7 +95,7 @@ def stress(
             for seed in job.seeds:
                 ledger.cell(arm, seed)
         found = _found(ledger, chosen, shields)
-        return found if arms[-1].name == POSITIVE_CONTROL else {**found, "notes": [NO_CONTROL]}
+        return found if arms[-1].name == POSITIVE_CONTROL else {**found, "notes": [*found["notes"], NO_CONTROL]}
 
     return run_session(spec, job, folder, plan, work, progress=progress)
 
@@ -156,7 +156,7 @@ def _found(ledger: Ledger, kinds: Sequence[Chosen], defences: Sequence[Chosen]) 
         "claims": claims(ledger.rows),
         "styles": [one for kind in kinds if hasattr(kind.method, "plain") for one in _styles(ledger, kind.name)],
         "gate": None,
-        "notes": [],
+        "notes": [screened(key, log["search"]["report"]) for key, log in ledger.logs.items() if "search" in log],
         "model_out": None,
     }
     return {**summary, "sentence": stress_sentence(summary)}

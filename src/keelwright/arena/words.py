@@ -37,6 +37,19 @@ def stress_sentence(summary: Mapping[str, Any]) -> str:
     return "; ".join(parts) + f". Positive control: {_shown(broke)}."
 
 
+def screened(cell: str, report: Mapping[str, Any]) -> str:
+    """Return what a data guard let through, of one cell."""
+    leaked, wrong = report["leakage"], report["false_positives"]
+    if leaked is None:
+        return f"{cell}: no harmful row was uploaded, so leakage is not defined."
+    false = "" if wrong is None else f"; it flagged {percent(wrong['value'])} of the benign rows"
+    close = "" if report["similarity"] is None else f"; gradients {report['similarity']:.2f} like those of harmful rows"
+    return (
+        f"{cell}: '{report['screen']}' let {percent(leaked['value'])} of {leaked['n']} harmful rows through "
+        f"[{percent(leaked['low'])}, {percent(leaked['high'])}]{false}{close}."
+    )
+
+
 def harden_sentence(summary: Mapping[str, Any]) -> str:
     """Return what hardening changed in the model itself, and under each stress."""
     rows, metric, name = summary["rows"], _metric(summary), str(summary["method"]).split(" ")[0]
